@@ -1,0 +1,47 @@
+"""Laws: the property that makes a component what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def assert_causal(fn: Callable[[Tensor], Tensor], x: Tensor, *, axis: int = 1) -> None:
+    """Assert that no output depends on a later input, along ``axis``.
+
+    Checked twice: a change of the future leaves the past's outputs equal to the
+    last bit, and the gradient of each output with respect to later inputs is zero.
+    """
+    x = x.detach().clone().requires_grad_()
+    y = fn(x)
+    steps = x.shape[axis]
+    for t in range(steps - 1):
+        changed = x.detach().clone()
+        changed.narrow(axis, t + 1, steps - t - 1).add_(1.0)
+        past, again = y.narrow(axis, 0, t + 1), fn(changed).narrow(axis, 0, t + 1)
+        if not torch.equal(past, again):
+            raise AssertionError(f"output up to step {t} changed with the input after it")
+        (grad,) = torch.autograd.grad(past.sum(), x, retain_graph=True)
+        leak = grad.narrow(axis, t + 1, steps - t - 1).abs().max().item()
+        if leak != 0.0:
+            raise AssertionError(f"output up to step {t} has gradient {leak:.2e} from later inputs")
+
+
+def assert_batch_independent(fn: Callable[[Tensor], Tensor], x: Tensor, *, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+    """Assert that each sample's output is the same alone as in the batch (axis 0)."""
+    y = fn(x)
+    for i in range(x.shape[0]):
+        alone = fn(x[i : i + 1])[0]
+        torch.testing.assert_close(alone, y[i], rtol=rtol, atol=atol, msg=lambda m, i=i: f"sample {i}: {m}")
+
+
+def assert_permutation_equivariant(
+    fn: Callable[[Tensor], Tensor], x: Tensor, *, axis: int = 1, seed: int = 0, rtol: float = 1e-9, atol: float = 1e-11
+) -> None:
+    """Assert that permuting the input along ``axis`` permutes the output alike."""
+    order = torch.randperm(x.shape[axis], generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(
+        fn(x.index_select(axis, order)), fn(x).index_select(axis, order), rtol=rtol, atol=atol
+    )
