@@ -41,3 +41,7 @@ class DataError(HandbookError, ValueError):
 
 class KernelUnavailable(HandbookError, RuntimeError):
     """A named backend that cannot run here."""
+
+
+class Diverged(HandbookError, ArithmeticError):
+    """A computation that left the finite numbers."""

@@ -1,0 +1,173 @@
+"""A checkpoint: everything a run needs to go on as if nothing had happened.
+
+One file, written beside its final name and then renamed over it, so a crash
+leaves the previous checkpoint whole.  It holds tensors and plain Python values
+only and is read with ``weights_only=True``: opening one runs no code from it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from handbook_src.errors import ConfigError, DataError
+from handbook_src.training.distributed import World
+from handbook_src.training.history import History
+
+FORMAT = "handbook training checkpoint 1"
+
+
+@dataclass
+class Run:
+    """The parts of a run that change as it goes, and the settings that may not."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    scaler: torch.amp.GradScaler
+    generator: torch.Generator
+    history: History
+    settings: dict[str, str]
+
+    def describe(self) -> dict[str, str]:
+        """Return what must be the same when the run is resumed, name by name."""
+        about = dict(self.settings)
+        about["optimizer"] = type(self.optimizer).__name__
+        about["scheduler"] = type(self.scheduler).__name__
+        about |= {f"optimizer {k}": repr(v) for k, v in self.optimizer.defaults.items()}
+        for i, group in enumerate(self.optimizer.param_groups):
+            about[f"parameters in group {i}"] = str(len(group["params"]))
+        for name, t in self.model.state_dict().items():
+            if isinstance(t, torch.Tensor):
+                about[f"model.{name}"] = f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+        return about
+
+
+def save(path: str | Path, run: Run, world: World) -> None:
+    """Write ``run`` to ``path`` atomically.  Every process calls this; rank 0 writes."""
+    noise = world.gather(rng_state())
+    if not world.writes:
+        return
+    state = {
+        "format": FORMAT,
+        "about": run.describe(),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict() if run.scheduler is not None else None,
+        "scaler": run.scaler.state_dict(),
+        "generator": run.generator.get_state(),
+        "noise": noise,
+        "history": run.history.state_dict(),
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: str | Path, run: Run, world: World) -> None:
+    """Continue ``run`` from ``path``: weights, optimiser, schedule, noise and history.
+
+    Raises:
+        DataError: the file is torn, or is not a checkpoint of this loop.
+        ConfigError: the run has other settings, another model or another optimiser
+            than the one that was saved, or another number of processes.
+    """
+    state = world.from_first(read(path) if world.writes else None)
+    _refuse_change(path, state["about"], run.describe())
+    if len(state["noise"]) != world.size:
+        raise ConfigError(
+            f"processes that resume {path}",
+            got=world.size,
+            want=str(len(state["noise"])),
+            remedy="Start as many processes as wrote it, or pass resume=False.",
+        )
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.scheduler is not None:
+        run.scheduler.load_state_dict(state["scheduler"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.generator.set_state(state["generator"])
+    run.history.load_state_dict(state["history"])
+    set_rng_state(state["noise"][world.rank])
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Return the content of a checkpoint, all tensors on the CPU.
+
+    Every byte is checked against the checksums in the file first, because
+    ``torch.load`` itself does not notice a flipped bit inside a tensor.
+
+    Raises:
+        DataError: the file is missing, torn, or not a checkpoint of this loop.
+    """
+    remedy = "Delete the file to start afresh, or restore it from a copy."
+    want = "a whole checkpoint of handbook_src.training"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()
+        state = None if torn else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"checkpoint {path}", got="no such file", want=want, remedy="Check the path.") from None
+    except Exception as e:  # unpickling a foreign file can raise nearly anything
+        raise DataError(
+            f"checkpoint {path}", got=f"{type(e).__name__} while reading it", want=want, remedy=remedy
+        ) from e
+    if torn:
+        raise DataError(f"checkpoint {path}", got=f"a damaged record {torn}", want=want, remedy=remedy)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        mark = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise DataError(f"checkpoint {path}", got=f"format {mark!r}", want=f"format {FORMAT!r}", remedy=remedy)
+    return state
+
+
+def _refuse_change(path: str | Path, saved: dict[str, str], now: dict[str, str]) -> None:
+    changed = [k for k in {**saved, **now} if saved.get(k) != now.get(k)]
+    if changed:
+        name = changed[0]
+        more = f" ({len(changed) - 1} more differ)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{name}{more} on resuming {path}",
+            got=now.get(name, "nothing"),
+            want=f"{saved.get(name, 'nothing')} as saved",
+            remedy="Restore the setting, name another checkpoint file, or pass resume=False to start afresh.",
+        )
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of every global generator: Python, NumPy, torch, CUDA."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
