@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from functools import cache
 from typing import Literal
 
 from torch import Tensor
@@ -24,6 +23,9 @@ from handbook_src.errors import ConfigError, KernelUnavailable
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 Resolved = Literal["reference", "torch", "triton"]
+
+# Looked up once, at import (0.1 ms): torch.compile can trace a constant, but neither find_spec nor a cache.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve(op: str, backend: Backend, candidates: Mapping[Resolved, str | None]) -> Resolved:
@@ -61,10 +63,9 @@ def resolve(op: str, backend: Backend, candidates: Mapping[Resolved, str | None]
     return backend
 
 
-@cache
 def has_triton() -> bool:
     """Whether Triton is installed (it is not imported to find out)."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def needs_for_triton(*tensors: Tensor | None) -> str | None:

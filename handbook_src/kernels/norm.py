@@ -1,0 +1,452 @@
+# Bytes moved per element, e bytes each, rows of d elements, statistics and weights aside:
+#   norm                       forward  read x, write y                            2e
+#   dropout + add + norm       forward  read x, residual, write sum, y             4e   (three kernels: 7e + mask)
+#   norm                       backward read x, dy, write dx                       3e
+#   dropout + add + norm       backward read sum, dy, dsum, write dx, dresidual    5e   (4e without dropout)
+# Rows longer than WHOLE_ROW read once more: forward 3e, of which the second read of a row finds it in the L2
+# cache (132 rows in flight x 128 KiB = 17 MB of 50 on an H100); backward 5e, because dW wants columns, dx rows.
+"""Fused normalisation: ``dropout(x) + residual``, then LayerNorm or RMSNorm, in one pass each way.
+
+One pair of kernels serves every case; what a call leaves out is compiled out.
+
+* The statistic is float32 whatever the dtype.  Variance is the mean square of the deviations, a second look at
+  registers, so a large mean cancels nothing; long rows merge block moments by Chan's formula instead.
+* The norm sees the sum as it is handed on, rounded to the residual's dtype: ``normed == norm(new_residual)``.
+* Dropout's mask is a function of (seed, row, column) by Philox: the backward computes it again, nothing is stored.
+* Weight gradients are deterministic: each program adds its own rows in a fixed order into a float32 partial, and one
+  reduction adds the partials.  There are no atomics; the order depends only on the number of multiprocessors.
+* Tensors of rows with any stride are read in place; a last axis that is not contiguous is copied first.
+
+dtypes: float32, float16, bfloat16; the weights and the residual may have another one than ``x``.  ``normed`` has
+``x``'s dtype, ``new_residual`` the residual's.  Runs on CUDA and ROCm, and on CPU tensors under Triton's interpreter.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from handbook_src.dispatch import needs_for_triton
+from handbook_src.errors import ConfigError, KernelUnavailable, ShapeError
+
+# Longest row held in registers.  From the compile reports (kernels/norm/results): forward, one row over 32 warps, is
+# free of spills at 32768 and spills from 65536 on; the backward holds three times as much per element.
+WHOLE_ROW_FORWARD = 32768
+WHOLE_ROW_BACKWARD = 8192
+LONG_BLOCK = 4096  # columns per step for longer rows
+LANES = 64 if torch.version.hip else 32
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _keep(seed, row, quad, dropout):
+    # One Philox call yields four words: counter (column // 4, row), key seed.  A call per element would cost
+    # 4 x 60 integer operations per 8 bytes, more time than the memory takes.
+    zero = (row[:, None] * 0 + quad[None, :] * 0).to(tl.int32)
+    column, line = quad[None, :] + zero, row[:, None].to(tl.int32) + zero
+    w0, w1, w2, w3 = tl.philox(seed, column, line, zero, zero)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # innermost axes spell 0 1 2 3
+    return tl.uint_to_uniform_float(tl.reshape(words, (w0.shape[0], w0.shape[1] * 4))) >= dropout
+
+
+@triton.jit
+def _dropped(value, SEED, row, start, dropout, BLOCK: tl.constexpr):
+    keep = _keep(tl.load(SEED), row, start // 4 + tl.arange(0, BLOCK // 4), dropout)
+    return tl.where(keep, value * (1.0 / tl.maximum(1.0 - dropout, 1e-20)), 0.0)  # at 1 nothing is kept
+
+
+@triton.jit
+def _summed(X, R, SEED, Z, row, start, mask, x_stride, r_stride, cols, dropout, BLOCK: tl.constexpr):
+    # dropout(x) + residual, rounded as the stream is stored, back in float32; stores it where there is a stream.
+    at = row[:, None] * x_stride + (start + tl.arange(0, BLOCK))[None, :]
+    z = tl.load(X + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if SEED is not None:
+        z = _dropped(z, SEED, row, start, dropout, BLOCK)
+    if R is not None:
+        at = row[:, None] * r_stride + (start + tl.arange(0, BLOCK))[None, :]
+        z += tl.load(R + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if Z is not None:
+        rounded = z.to(Z.dtype.element_ty)
+        at = row[:, None] * cols + (start + tl.arange(0, BLOCK))[None, :]
+        tl.store(Z + at, rounded, mask=mask)
+        z = rounded.to(tl.float32)
+    return z
+
+
+@triton.jit
+def _affine(Y, W, B, normed, row, col, mask, cols):
+    if W is not None:
+        normed *= tl.load(W + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+    if B is not None:
+        normed += tl.load(B + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+    tl.store(Y + row[:, None] * cols + col[None, :], normed.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _forward_whole(
+    X, R, W, B, SEED, Y, Z, MEAN, RSTD, x_stride, r_stride, rows, cols, eps, dropout,
+    CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    z = _summed(X, R, SEED, Z, row, 0, mask, x_stride, r_stride, cols, dropout, BLOCK)
+    if CENTRE:
+        mean = tl.sum(z, axis=1) / cols
+        tl.store(MEAN + row, mean, mask=row < rows)
+        z = tl.where(mask, z - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(z * z, axis=1) / cols + eps)
+    tl.store(RSTD + row, rstd, mask=row < rows)
+    _affine(Y, W, B, z * rstd[:, None], row, col, mask, cols)
+
+
+@triton.jit
+def _forward_long(
+    X, R, W, B, SEED, Y, Z, MEAN, RSTD, x_stride, r_stride, rows, cols, eps, dropout,
+    CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    mean, squares = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    for start in tl.range(0, cols, BLOCK):
+        live = (start + tl.arange(0, BLOCK) < cols)[None, :]
+        z = _summed(X, R, SEED, Z, row, start, live, x_stride, r_stride, cols, dropout, BLOCK)
+        if CENTRE:  # Chan, Golub and LeVeque 1979: merge (count, mean, squares) of the block into the running ones
+            count = tl.minimum(cols - start, BLOCK) * 1.0
+            share = count / (start + count)
+            block_mean = tl.sum(z, axis=1) / count
+            shift = block_mean - mean
+            z = tl.where(live, z - block_mean[:, None], 0.0)
+            squares += shift * shift * start * share
+            mean += shift * share
+        squares += tl.sum(z * z, axis=1)
+    rstd = 1.0 / tl.sqrt(squares / cols + eps)
+    tl.store(RSTD + row, rstd)
+    if CENTRE:
+        tl.store(MEAN + row, mean)
+    tl.debug_barrier()  # the row of Z was written by other threads of this program
+    for start in tl.range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        live = (col < cols)[None, :]
+        if Z is not None:
+            z = tl.load(Z + row[:, None] * cols + col[None, :], mask=live, other=0.0).to(tl.float32)
+        else:
+            z = tl.load(X + row[:, None] * x_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
+        _affine(Y, W, B, (z - mean[:, None]) * rstd[:, None], row, col, live, cols)
+
+
+@triton.jit
+def _normed(Z, MEAN, rstd, row, col, mask, z_stride, rows):
+    z = tl.load(Z + row[:, None] * z_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if MEAN is not None:
+        z -= tl.load(MEAN + row, mask=row < rows, other=0.0)[:, None]
+    return z * rstd[:, None]
+
+
+@triton.jit
+def _row_sums(Z, DY, W, MEAN, RSTD, SUMS, z_stride, dy_stride, rows, cols, BLOCK: tl.constexpr):
+    # For rows too long for registers: mean(g) and mean(g x_hat), g = dy w, one row per program.
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    rstd = tl.load(RSTD + row)
+    plain, along = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    for start in tl.range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        live = (col < cols)[None, :]
+        g = tl.load(DY + row[:, None] * dy_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
+        if W is not None:
+            g *= tl.load(W + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+        plain += tl.sum(g, axis=1)
+        along += tl.sum(g * _normed(Z, MEAN, rstd, row, col, live, z_stride, rows), axis=1)
+    tl.store(SUMS + row, along / cols)
+    tl.store(SUMS + rows + row, plain / cols)
+
+
+@triton.jit
+def _backward(
+    Z, DY, DZ, W, SEED, MEAN, RSTD, SUMS, DX, DR, DW, DB, z_stride, dy_stride, dz_stride, rows, cols, dropout,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # dz = rstd (g - x_hat mean(g x_hat) - mean(g)) + dsum; the last mean only where the row was centred.
+    start = tl.program_id(1) * BLOCK
+    col = start + tl.arange(0, BLOCK)
+    if W is not None:
+        w = tl.load(W + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+    gain, shift = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        live = row < rows
+        mask = live[:, None] & (col < cols)[None, :]
+        rstd = tl.load(RSTD + row, mask=live, other=0.0)
+        dy = tl.load(DY + row[:, None] * dy_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        x_hat = _normed(Z, MEAN, rstd, row, col, mask, z_stride, rows)
+        if DW is not None:
+            gain += dy * x_hat
+        if DB is not None:
+            shift += dy
+        g = dy * w if W is not None else dy
+        if SUMS is None:
+            dz = g - x_hat * (tl.sum(g * x_hat, axis=1) / cols)[:, None]
+            if MEAN is not None:
+                dz -= (tl.sum(g, axis=1) / cols)[:, None]
+        else:
+            dz = g - x_hat * tl.load(SUMS + row, mask=live, other=0.0)[:, None]
+            if MEAN is not None:
+                dz -= tl.load(SUMS + rows + row, mask=live, other=0.0)[:, None]
+        dz *= rstd[:, None]
+        if DZ is not None:
+            at = row[:, None] * dz_stride + col[None, :]
+            dz += tl.load(DZ + at, mask=mask, other=0.0).to(tl.float32)
+        at = row[:, None] * cols + col[None, :]
+        if DR is not None:
+            tl.store(DR + at, dz.to(DR.dtype.element_ty), mask=mask)
+        if SEED is not None:
+            dz = _dropped(dz, SEED, row, start, dropout, BLOCK)
+        tl.store(DX + at, dz.to(DX.dtype.element_ty), mask=mask)
+    at = tl.program_id(0).to(tl.int64) * cols + col
+    if DW is not None:
+        tl.store(DW + at, tl.sum(gain, axis=0), mask=col < cols)
+    if DB is not None:
+        tl.store(DB + at, tl.sum(shift, axis=0), mask=col < cols)
+
+
+@triton.jit
+def _mask(SEED, KEEP, rows, cols, dropout, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    for start in tl.range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        keep = _keep(tl.load(SEED), row, start // 4 + tl.arange(0, BLOCK // 4), dropout)
+        tl.store(KEEP + row[:, None] * cols + col[None, :], keep, mask=(col < cols)[None, :])
+
+
+class Plan(NamedTuple):
+    """What a launch asks for: rows and columns per program, warps, and whether a row fits."""
+
+    rows: int
+    block: int
+    warps: int
+    whole: bool
+
+
+def plan(cols: int, whole_row: int, per_lane: int) -> Plan:
+    """Choose the tile: several short rows, one whole row, or one row in blocks."""
+    whole = cols <= whole_row
+    block = max(4, triton.next_power_of_2(cols)) if whole else min(LONG_BLOCK, triton.next_power_of_2(whole_row + 1))
+    rows = max(1, 4 * 32 * per_lane // block) if whole else 1
+    warps = max(1, min(1024 // LANES, rows * block // (LANES * per_lane)))
+    return Plan(rows, block, warps, whole)
+
+
+def programs(x: Tensor, warps: int) -> int:
+    """Return the persistent grid: 16 warps on every multiprocessor; 3 programs under the interpreter."""
+    if not x.is_cuda:
+        return 3
+    return torch.cuda.get_device_properties(x.device).multi_processor_count * max(1, 16 // warps)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return ``x`` as rows whose last axis is contiguous; a view wherever one exists."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+@torch.library.custom_op("handbook::norm_forward", mutates_args=())
+def _norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    eps: float, dropout: float, centre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return normed, the new residual (empty where there is none), mean (empty for RMSNorm), 1 / deviation."""
+    y, z, mean, rstd = _norm_fake(x, residual, weight, bias, seed, eps, dropout, centre)
+    flat, stream = _flat(x), None if residual is None else _flat(residual)
+    rows, cols = flat.shape
+    if rows == 0:
+        return y, z, mean, rstd
+    tile = plan(cols, WHOLE_ROW_FORWARD, 16)
+    kernel = _forward_whole if tile.whole else _forward_long
+    with torch.cuda.device_of(x):
+        kernel[(triton.cdiv(rows, tile.rows),)](
+            flat, stream, weight, bias, seed, y, z if z.numel() else None, mean, rstd,
+            flat.stride(0), 0 if stream is None else stream.stride(0), rows, cols, eps, dropout,
+            CENTRE=centre, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+        )  # fmt: skip
+    return y, z, mean, rstd
+
+
+@_norm.register_fake
+def _norm_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    eps: float, dropout: float, centre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = math.prod(x.shape[:-1])
+    like = x if residual is None else residual
+    stream = like.new_empty(x.shape if residual is not None or seed is not None else (0,))
+    mean = x.new_empty(rows if centre else 0, dtype=torch.float32)
+    return x.new_empty(x.shape), stream, mean, x.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("handbook::norm_backward", mutates_args=())
+def _norm_backward(
+    z: Tensor, dy: Tensor, dz: Tensor | None, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    mean: Tensor, rstd: Tensor, dropout: float, x_dtype: torch.dtype, gains: bool, shifts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dx, dresidual (empty where it equals dx), dweight and dbias (empty where not asked for)."""
+    dx, dr, dw, db = _norm_backward_fake(
+        z, dy, dz, weight, bias, seed, mean, rstd, dropout, x_dtype, gains, shifts
+    )  # fmt: skip
+    flat, dy, dz = _flat(z), _flat(dy), None if dz is None else _flat(dz)
+    rows, cols = flat.shape
+    if rows == 0:
+        return dx, dr, dw.zero_(), db.zero_()
+    tile = plan(cols, WHOLE_ROW_BACKWARD, 16)
+    grid = min(programs(z, tile.warps), triton.cdiv(rows, tile.rows))
+    centre = mean if mean.numel() else None
+    partial = z.new_empty((gains + shifts, grid, cols), dtype=torch.float32)
+    with torch.cuda.device_of(z):
+        sums = None
+        if not tile.whole:
+            sums = z.new_empty((2, rows), dtype=torch.float32)
+            _row_sums[(rows,)](
+                flat, dy, weight, centre, rstd, sums, flat.stride(0), dy.stride(0), rows, cols,
+                BLOCK=tile.block, num_warps=tile.warps,
+            )  # fmt: skip
+        _backward[(grid, triton.cdiv(cols, tile.block))](
+            flat, dy, dz, weight, seed, centre, rstd, sums, dx, dr if dr.numel() else None,
+            partial[0] if gains else None, partial[-1] if shifts else None,
+            flat.stride(0), dy.stride(0), 0 if dz is None else dz.stride(0), rows, cols, dropout,
+            ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+        )  # fmt: skip
+    if gains:
+        dw.copy_(partial[0].sum(0))
+    if shifts:
+        db.copy_(partial[-1].sum(0))
+    return dx, dr, dw, db
+
+
+@_norm_backward.register_fake
+def _norm_backward_fake(
+    z: Tensor, dy: Tensor, dz: Tensor | None, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    mean: Tensor, rstd: Tensor, dropout: float, x_dtype: torch.dtype, gains: bool, shifts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    apart, cols = seed is not None or x_dtype != z.dtype, z.shape[-1]
+    dw = z.new_empty(0) if weight is None or not gains else weight.new_empty(cols)
+    db = z.new_empty(0) if bias is None or not shifts else bias.new_empty(cols)
+    return z.new_empty(z.shape, dtype=x_dtype), z.new_empty(z.shape if apart else (0,)), dw, db
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, seed, _, ctx.dropout, _ = inputs
+    _, z, mean, rstd = output
+    ctx.streams = residual is not None or seed is not None
+    ctx.save_for_backward(z if ctx.streams else x, weight, bias, seed, mean, rstd)
+    ctx.x_dtype = x.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _pull(ctx: Any, dy: Tensor | None, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    z, weight, bias, seed, mean, rstd = ctx.saved_tensors
+    dy = torch.zeros_like(z) if dy is None else dy
+    _, for_residual, gains, shifts, *_ = ctx.needs_input_grad
+    dz = dz if ctx.streams else None
+    dx, dr, dw, db = _norm_backward(
+        z, dy, dz, weight, bias, seed, mean, rstd, ctx.dropout, ctx.x_dtype, gains, shifts
+    )  # fmt: skip
+    dresidual = (dr if dr.numel() else dx) if for_residual else None
+    return dx, dresidual, dw if gains else None, db if shifts else None, None, None, None, None
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise KernelUnavailable(
+        "second derivative of the fused norm",
+        got="backward through backward",
+        want="first derivatives only",
+        remedy="Use backend='reference', which autograd differentiates any number of times.",
+    )
+
+
+_norm.register_autograd(_pull, setup_context=_save)
+_norm_backward.register_autograd(_no_second_derivative)
+
+
+def dropout_add_norm_triton(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout: float = 0.0,
+    centre: bool = True,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``(norm(dropout(x) + residual), dropout(x) + residual)`` over the last axis, in one pass.
+
+    Args:
+        x: float32, float16 or bfloat16, any leading axes.
+        residual: the stream to add, of ``x``'s shape; where it is float32 and ``x`` is not, the stream stays float32.
+        weight: one gain per feature.
+        bias: one shift per feature.
+        eps: added to the variance or the mean square.
+        dropout: probability with which an element of ``x`` is zeroed; the rest is scaled by 1 / (1 - dropout).
+        centre: subtract the mean first (LayerNorm); else RMSNorm.
+        seed: one int64 on ``x``'s device that decides the mask; drawn from torch's generator if left out.
+
+    Raises:
+        ShapeError: a tensor does not fit ``x``, or a dtype is not one of the three.
+        ConfigError: ``eps`` is not positive, or ``dropout`` lies outside 0 to 1.
+        KernelUnavailable: no GPU and no interpreter; or a second derivative is asked for.
+    """
+    _check(x, residual, weight, bias, eps, dropout)
+    if dropout == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**62, (1,), device=x.device)
+    y, z, _, _ = _norm(x, residual, weight, bias, seed, eps, dropout, centre)
+    return y, z if residual is not None or seed is not None else x
+
+
+def layer_norm_triton(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:  # fmt: skip
+    """Return LayerNorm of ``x`` over its last axis, in ``x``'s dtype."""
+    return dropout_add_norm_triton(x, None, weight, bias, eps)[0]
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Return RMSNorm of ``x`` over its last axis, in ``x``'s dtype."""
+    return dropout_add_norm_triton(x, None, weight, None, eps, centre=False)[0]
+
+
+def dropout_mask_triton(shape: tuple[int, ...], dropout: float, seed: Tensor) -> Tensor:
+    """Return the mask that ``seed`` decides: true where an element of a tensor of this ``shape`` is kept."""
+    keep = torch.empty(shape, dtype=torch.bool, device=seed.device)
+    rows, cols = math.prod(shape[:-1]), shape[-1]
+    if rows:
+        with torch.cuda.device_of(seed):
+            _mask[(rows,)](seed, keep, rows, cols, dropout, BLOCK=max(4, min(1024, triton.next_power_of_2(cols))))
+    return keep
+
+
+def _check(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dropout: float
+) -> None:
+    missing = needs_for_triton(x, residual, weight, bias)
+    if missing is not None:
+        raise KernelUnavailable("fused norm", got=f"a tensor on {x.device}", want=missing, remedy="Use backend='auto'.")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ShapeError("x", got=tuple(x.shape), want="a last axis of one feature or more", remedy="Check the input.")
+    for name, tensor, shape in (
+        ("x", x, x.shape),
+        ("residual", residual, x.shape),
+        ("weight", weight, x.shape[-1:]),
+        ("bias", bias, x.shape[-1:]),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ShapeError(name, got=tuple(tensor.shape), want=f"{tuple(shape)}", remedy="One value per feature.")
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ShapeError(name, got=tensor.dtype, want=f"one of {DTYPES}", remedy="Use backend='reference'.")
+    if eps <= 0.0:
+        raise ConfigError("eps", got=eps, want="a positive number", remedy="LayerNorm's usual value is 1e-5.")
+    if not 0.0 <= dropout <= 1.0:
+        raise ConfigError("dropout", got=dropout, want="a probability, 0 to 1", remedy="Pass 0.0 to switch it off.")
