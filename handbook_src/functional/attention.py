@@ -1,0 +1,374 @@
+"""Attention as functions: scaled dot-product, additive (Bahdanau) and multiplicative (Luong).
+
+Tensors are batch first and features last; heads stand before features (``b t h e``).
+A mask is a rule of :mod:`handbook_src.functional.mask`, a boolean tensor (true =
+may attend) or a floating tensor that is added to the scores.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from handbook_src.dispatch import Backend, resolve
+from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.mask import Mask, full
+from handbook_src.functional.mask import causal as causal_rule
+
+MaskLike = Mask | Bool[Tensor, "..."] | Float[Tensor, "..."]
+LuongScore = Literal["dot", "general", "concat"]
+
+
+def scaled_dot_product_attention(
+    q: Float[Tensor, "b t h e"],
+    k: Float[Tensor, "b s g e"],
+    v: Float[Tensor, "b s g c"],
+    mask: MaskLike | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: Backend = "auto",
+) -> Float[Tensor, "b t h c"]:
+    r"""Average the values, weighted by how well each key matches the query.
+
+    .. math:: \operatorname{Attention}(Q, K, V) = \operatorname{softmax}\!\Big(\frac{QK^\top}{\sqrt{e}} + M\Big) V
+
+    A query that may attend to nothing gets zeros, never NaN, and passes no gradient.
+    The reference takes the softmax in float32 at least, and a NaN or infinite key or
+    value reaches no query that it is hidden from, forward or backward.  The torch
+    backend shields only from keys that a mask hides from every query (padding).
+
+    Args:
+        q: queries.
+        k: keys; fewer heads than ``q`` are shared by groups of consecutive query heads.
+        v: values; their features may differ in number from the keys'.
+        mask: a rule, a boolean tensor (true = may attend) or one added to the scores;
+            tensors are ``t s`` or broadcast to ``b h t s``.
+        causal: queries are the last ``t`` of ``s`` positions and see no later key;
+            joined with ``mask`` by *and*.
+        scale: factor on the scores; :math:`1/\sqrt e` unless given.
+        dropout: share of the weights that are dropped; pass 0 outside training.
+        backend: ``auto`` takes torch's fused operation, fastest wherever it was measured.
+
+    Raises:
+        ShapeError: shapes that don't fit, heads that don't divide, a mask of the wrong
+            shape or dtype, more queries than keys under a causal rule.
+        ConfigError: ``dropout`` outside [0, 1), ``scale`` not positive.
+
+    Source:
+        Vaswani et al. 2017, eq. 1, arXiv:1706.03762
+    """
+    _check_qkv(q, k, v)
+    _check_numbers(scale, dropout)
+    chosen = resolve("scaled_dot_product_attention", backend, {"torch": None, "reference": None})
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    mask = _joined(mask, causal, q, k)
+    if chosen == "torch":
+        return _torch(q, k, v, mask, scale, dropout)
+    (k, v), broken = _without_nan(k, v)
+    weights = _weights(q, k, mask, scale, broken)
+    weights = F.dropout(weights, dropout) if dropout else weights
+    return torch.einsum("bhts,bshc->bthc", weights.to(v.dtype), _for_each_head(v, q))
+
+
+def attention_weights(
+    q: Float[Tensor, "b t h e"],
+    k: Float[Tensor, "b s g e"],
+    mask: MaskLike | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "b h t s"]:
+    r"""Return the weights of :func:`scaled_dot_product_attention`, for looking at.
+
+    .. math:: A = \operatorname{softmax}\!\Big(\frac{QK^\top}{\sqrt{e}} + M\Big)
+
+    A row that may attend to nothing is all zero; every other row sums to one.
+
+    Args:
+        q: queries.
+        k: keys.
+        mask: as for :func:`scaled_dot_product_attention`.
+        causal: as for :func:`scaled_dot_product_attention`.
+        scale: factor on the scores; :math:`1/\sqrt e` unless given.
+
+    Raises:
+        ShapeError: shapes that don't fit, or a mask of the wrong shape or dtype.
+        ConfigError: ``scale`` is not positive.
+
+    Source:
+        Vaswani et al. 2017, eq. 1, arXiv:1706.03762
+    """
+    _check_qkv(q, k, k)
+    _check_numbers(scale, 0.0)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    (k,), broken = _without_nan(k)
+    return _weights(q, k, _joined(mask, causal, q, k), scale, broken).to(q.dtype)
+
+
+def additive_attention(
+    query: Float[Tensor, "b t f"],
+    key: Float[Tensor, "b s f"],
+    value: Float[Tensor, "b s d"],
+    vector: Float[Tensor, " f"],
+    mask: MaskLike | None = None,
+    *,
+    dropout: float = 0.0,
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t s"]]:
+    r"""Score each key with a small network, as the first attention did (Bahdanau).
+
+    .. math::
+        e_{ij} = v_a^\top \tanh(W_a s_{i-1} + U_a h_j), \qquad
+        \alpha_{ij} = \operatorname{softmax}_j(e_{ij}), \qquad c_i = \sum_j \alpha_{ij} h_j
+
+    The products come in ready: ``query`` is :math:`W_a s_{i-1}`, ``key`` is :math:`U_a h_j`,
+    which is the same for all queries.  The tanh is taken on ``b t s f`` numbers, so
+    memory grows with ``f`` where a dot product needs ``b t s``.
+
+    Args:
+        query: projected states.
+        key: projected annotations.
+        value: annotations :math:`h_j`.
+        vector: :math:`v_a`.
+        mask: a rule, or a tensor that is ``t s`` or broadcasts to ``b t s``.
+        dropout: share of the weights that are dropped; pass 0 outside training.
+
+    Returns:
+        The context :math:`c` and the weights :math:`\alpha`.
+
+    Raises:
+        ShapeError: shapes that don't fit.
+        ConfigError: ``dropout`` outside [0, 1).
+
+    Source:
+        Bahdanau et al. 2015, eqs. 5 and 6 and appendix A.1.2, arXiv:1409.0473
+    """
+    _check_numbers(None, dropout)
+    if not (query.shape[-1] == key.shape[-1] == len(vector)):
+        got = f"{query.shape[-1]}, {key.shape[-1]} and {len(vector)} features"
+        _refuse("additive attention's query, key and vector", got, "equal widths", "Project both to the same width.")
+    (key, value), broken = _without_nan(key, value)
+    scores = torch.tanh(query[:, :, None] + key[:, None]) @ vector
+    return _contexts(scores, value, mask, broken, dropout)
+
+
+def multiplicative_attention(
+    query: Float[Tensor, "b t d1"],
+    key: Float[Tensor, "b s d2"],
+    value: Float[Tensor, "b s d3"],
+    score: LuongScore = "dot",
+    weight: Float[Tensor, "rows columns"] | None = None,
+    vector: Float[Tensor, " rows"] | None = None,
+    mask: MaskLike | None = None,
+    *,
+    dropout: float = 0.0,
+) -> tuple[Float[Tensor, "b t d3"], Float[Tensor, "b t s"]]:
+    r"""Score each key by a product with the query (Luong's global attention).
+
+    .. math::
+        \operatorname{score}(h_t, \bar h_s) = \begin{cases}
+            h_t^\top \bar h_s & \textit{dot} \\
+            h_t^\top W_a \bar h_s & \textit{general} \\
+            v_a^\top \tanh(W_a [h_t; \bar h_s]) & \textit{concat} \end{cases}
+
+    No scale: the scores grow with the width.  ``concat`` multiplies both halves of
+    :math:`W_a` before it adds, which makes it :func:`additive_attention`.
+
+    Args:
+        query: target states :math:`h_t`.
+        key: source states :math:`\bar h_s`.
+        value: what is averaged; the source states in the paper.
+        score: ``dot``, ``general`` or ``concat``.
+        weight: :math:`W_a`: ``d1 d2`` for general, ``rows d1+d2`` for concat.
+        vector: :math:`v_a` for concat.
+        mask: a rule, or a tensor that is ``t s`` or broadcasts to ``b t s``.
+        dropout: share of the weights that are dropped; pass 0 outside training.
+
+    Returns:
+        The context and the weights.
+
+    Raises:
+        ConfigError: an unknown score, a weight or vector missing or not used,
+            ``dropout`` outside [0, 1).
+        ShapeError: shapes that don't fit.
+
+    Source:
+        Luong et al. 2015, eqs. 7 and 8, arXiv:1508.04025
+    """
+    _check_numbers(None, dropout)
+    _check_luong(query, key, score, weight, vector)
+    if score == "concat" and weight is not None and vector is not None:
+        of_query, of_key = weight.split([query.shape[-1], key.shape[-1]], dim=1)
+        return additive_attention(query @ of_query.T, key @ of_key.T, value, vector, mask, dropout=dropout)
+    (key, value), broken = _without_nan(key, value)
+    scores = (query if weight is None else query @ weight) @ key.mT
+    return _contexts(scores, value, mask, broken, dropout)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | None, scale: float, dropout: float) -> Tensor:
+    """Torch's fused operation, which wants ``b h t e``."""
+    t, s = q.shape[1], k.shape[1]
+    if mask is causal_rule and t == 1:
+        mask = None
+    is_causal = mask is causal_rule and t == s
+    bias: Tensor | None = None
+    if mask is not None and not is_causal:
+        bias = mask.sdpa(t, s, device=q.device) if isinstance(mask, Mask) else mask
+    if bias is not None:
+        k, v = _blank(k, v, bias)
+        bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=bias,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    if bias is not None and bias.device.type != "cpu":  # CPU gives zeros by itself (torch 2.11 to 2.13)
+        out = out.masked_fill(~_allowed(bias).any(-1, keepdim=True), 0.0)
+    return out.transpose(1, 2)
+
+
+def _blank(k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero the keys and values that no query of any head may see: 0 * NaN is NaN."""
+    seen = _allowed(bias).any(-2)
+    if seen.ndim == 3:
+        seen = seen.any(1)
+    hidden = ~seen.expand(k.shape[0] if seen.ndim > 1 else 1, k.shape[1])[..., None, None]
+    return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+
+
+def _weights(q: Tensor, k: Tensor, mask: MaskLike | None, scale: float, broken: Tensor) -> Tensor:
+    scores = torch.einsum("bthe,bshe->bhts", q, _for_each_head(k, q)) * scale
+    broken = repeat(broken, "b s g -> b (g r) 1 s", r=q.shape[2] // k.shape[2])
+    return _masked_softmax(scores.masked_fill(broken, math.nan), mask)
+
+
+def _masked_softmax(scores: Tensor, mask: MaskLike | None) -> Tensor:
+    """Softmax over the allowed keys, in float32 at least; a row without any is all zero."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if isinstance(mask, Mask):
+        mask = mask.sdpa(*scores.shape[-2:], device=scores.device)
+    if mask is None:
+        return scores.softmax(-1)
+    hidden = ~_allowed(mask)
+    if mask.is_floating_point():
+        scores = scores + mask.masked_fill(hidden, 0.0)
+    empty = hidden.all(-1, keepdim=True)
+    scores = scores.masked_fill(hidden, -math.inf).masked_fill(empty, 0.0)
+    return scores.softmax(-1).masked_fill(hidden, 0.0)
+
+
+def _contexts(
+    scores: Tensor, value: Tensor, mask: MaskLike | None, broken: Tensor, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Weights and contexts of one head: ``b t s`` and ``b t d``."""
+    b, t, s = scores.shape
+    mask = mask if mask is None or isinstance(mask, Mask) else _with_head(mask)
+    _check_mask(mask, b, 1, t, s)
+    scores = scores.masked_fill(broken[:, None], math.nan)
+    weights = _masked_softmax(scores[:, None], mask)[:, 0].to(value.dtype)
+    weights = F.dropout(weights, dropout) if dropout else weights
+    return weights @ value, weights
+
+
+def _with_head(mask: Tensor) -> Tensor:
+    return rearrange(mask, "b t s -> b 1 t s") if mask.ndim == 3 else mask
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else ~mask.isneginf()
+
+
+def _without_nan(*tensors: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Replace NaN and infinity by zero; also say at which key (all but the last axis) one stood."""
+    finite = torch.stack([x.isfinite().all(-1) for x in tensors]).all(0)
+    return [x.nan_to_num(0.0, 0.0, 0.0) for x in tensors], ~finite
+
+
+def _for_each_head(x: Tensor, q: Tensor) -> Tensor:
+    groups = q.shape[2] // x.shape[2]
+    return x if groups == 1 else repeat(x, "b s g e -> b s (g r) e", r=groups)
+
+
+def _joined(mask: MaskLike | None, causal: bool, q: Tensor, k: Tensor) -> MaskLike | None:
+    """Check the mask, and join it with the causal rule."""
+    b, t, h, _ = q.shape
+    s = k.shape[1]
+    _check_mask(mask, b, h, t, s)
+    if mask is full:
+        mask = None
+    if not causal:
+        return mask
+    _check_mask(causal_rule, b, h, t, s)
+    if mask is None or mask is causal_rule:
+        return causal_rule
+    if isinstance(mask, Mask):
+        return causal_rule & mask
+    past = causal_rule.dense(t, s, device=q.device)
+    return mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -math.inf)
+
+
+def _check_mask(mask: MaskLike | None, b: int, h: int, t: int, s: int) -> None:
+    if mask is None:
+        return
+    if isinstance(mask, Mask):
+        mask._start(t, s, None)
+        shape: tuple[int, ...] = (mask.batch or 1, mask.heads or 1, t, s)
+    elif mask.dtype != torch.bool and not mask.is_floating_point():
+        _refuse("attention mask dtype", mask.dtype, "bool or floating", "Use mask.bool(), where true = may attend.")
+    else:
+        shape = tuple(mask.shape)
+    fits = len(shape) in (2, 4) and all(n in (1, m) for n, m in zip(shape[::-1], (s, t, h, b), strict=False))
+    if not fits or shape[-1:] == (1,) != (s,):
+        want = f"({t}, {s}) or broadcastable to {(b, h, t, s)}"
+        _refuse("attention mask", shape, want, "Name all four axes, b h t s, where it differs by sample or head.")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        _refuse("attention inputs", shapes, "four axes, b t h e", "Split the features into heads first.")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        _refuse("attention inputs", shapes, "q (b, t, h, e), k (b, s, g, e), v (b, s, g, c)", "Heads stand third.")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        _refuse("attention heads", f"{q.shape[2]} query, {k.shape[2]} key", "a multiple", "Share each key head evenly.")
+
+
+def _check_numbers(scale: float | None, dropout: float) -> None:
+    if scale is not None and not scale > 0:
+        raise ConfigError("attention scale", got=scale, want="a positive number", remedy="Leave it out for 1/sqrt(e).")
+    if not 0.0 <= dropout < 1.0:
+        raise ConfigError(
+            "attention dropout", got=dropout, want="a share in [0, 1)", remedy="Typical values: 0 to 0.1."
+        )
+
+
+def _check_luong(query: Tensor, key: Tensor, score: str, weight: Tensor | None, vector: Tensor | None) -> None:
+    wants = {"dot": (False, False), "general": (True, False), "concat": (True, True)}
+    if score not in wants:
+        raise ConfigError("Luong score", got=repr(score), want=f"one of {list(wants)}", remedy="The paper has these.")
+    given = (weight is not None, vector is not None)
+    if given != wants[score]:
+        want = {"dot": "neither weight nor vector", "general": "weight alone", "concat": "weight and vector"}[score]
+        raise ConfigError(f"Luong score {score!r}", got=f"(weight, vector) {given}", want=want, remedy="Pass these.")
+    d1, d2 = query.shape[-1], key.shape[-1]
+    if score == "dot" and d1 != d2:
+        _refuse("Luong's dot score", f"{d1} and {d2} features", "equal widths", "Use score='general'.")
+    want_shape = (d1, d2) if score == "general" else (len(vector) if vector is not None else 0, d1 + d2)
+    if weight is not None and tuple(weight.shape) != want_shape:
+        _refuse(f"Luong's weight for {score}", tuple(weight.shape), f"{want_shape}", "See the equation.")
+
+
+def _refuse(what: str, got: object, want: str, remedy: str) -> None:
+    raise ShapeError(what, got=got, want=want, remedy=remedy)

@@ -1,0 +1,356 @@
+r"""Which query may look at which key: rules, not tensors.
+
+A rule is a pure function of four indices, :math:`M(b, h, t, s) \in \{0, 1\}`, and
+rules compose: ``causal & (window(256) | sinks(4))``.  One object gives the dense
+matrix for a figure, the ``attn_mask`` of torch's SDPA, and the ``mask_mod`` of
+FlexAttention.  In every form *true means: may attend*.
+
+Positions are absolute.  With ``t`` queries and ``s >= t`` keys the queries are the
+last ``t`` positions (``offset = s - t``, "bottom right"), which is what decoding
+with a cache needs; torch's ``is_causal=True`` aligns top left instead.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from handbook_src.errors import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+#: ``(b, h, t, s) -> may attend``, on index tensors that broadcast; FlexAttention's ``mask_mod``
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@final
+class Mask:
+    r"""A rule that says which query may attend to which key.
+
+    .. math:: \tilde{S}_{bhts} = \begin{cases} S_{bhts} & M(b, h, t, s) \\ -\infty & \text{otherwise} \end{cases}
+
+    Rules compose with ``&`` (both), ``|`` (either) and ``~`` (not).  The vocabulary:
+    ``full``, ``causal``, ``anticausal``, ``window``, ``sinks``, ``prefix``,
+    ``prefix_lm``, ``padding``, ``left_padding``, ``dilated``, ``global_tokens``,
+    ``random``, ``block``, ``documents`` and ``per_head``.  A rule of one's own:
+    ``Mask("even", lambda b, h, t, s: s % 2 == 0)``.
+
+    Args:
+        text: how the rule prints.
+        allows: the rule itself, from index tensors that broadcast to a boolean one.
+        positional: it compares the query's position with the key's.
+        batch: number of samples that it knows, if it knows samples.
+        heads: number of heads that it knows, if it knows heads.
+        extent: number of positions that it knows, if they are limited.
+
+    Shape:
+        ``dense(t, s)`` is ``t s``, or ``b h t s`` where the rule knows samples or heads.
+
+    Typical values:
+        ``causal & window(4096)`` (Mistral 7B), ``window(257) | global_tokens(0)``
+        (Longformer), ``causal & (window(1020) | sinks(4))`` (StreamingLLM).
+
+    Source:
+        Vaswani et al. 2017, section 3.2.3, arXiv:1706.03762; FlexAttention, arXiv:2412.05496
+    """
+
+    def __init__(
+        self,
+        text: str,
+        allows: MaskMod,
+        *,
+        positional: bool = True,
+        batch: int | None = None,
+        heads: int | None = None,
+        extent: int | None = None,
+    ) -> None:
+        self.text, self.allows, self.positional = text, allows, positional
+        self.batch, self.heads, self.extent = batch, heads, extent
+
+    def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        text = " & ".join(f"({m})" if " | " in _outer(m.text) else m.text for m in (self, other))
+        return _composed(text, lambda *i: self.allows(*i) & other.allows(*i), self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return _composed(f"{self} | {other}", lambda *i: self.allows(*i) | other.allows(*i), self, other)
+
+    def __invert__(self) -> Mask:
+        text = f"~({self})" if " " in _outer(self.text) else f"~{self}"
+        return _composed(text, lambda *i: ~self.allows(*i), self)
+
+    def __bool__(self) -> bool:
+        raise ConfigError(
+            "truth of a mask rule", got=self.text, want="&, | or ~", remedy="Python's and / or / not drop one operand."
+        )
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def dense(
+        self, t: int, s: int | None = None, *, offset: int | None = None, device: torch.device | str | None = None
+    ) -> Bool[Tensor, "*lead t s"]:
+        """Write the rule out as a boolean matrix, true where the query may attend.
+
+        Args:
+            t: number of queries.
+            s: number of keys; ``t`` unless given.
+            offset: position of the first query; ``s - t`` unless given.
+            device: where the matrix is made.
+
+        Raises:
+            ShapeError: more queries than keys under a rule that compares positions,
+                or more positions than the rule was made for.
+        """
+        s = t if s is None else s
+        start = self._start(t, s, offset)
+        b = torch.arange(self.batch or 1, device=device).view(-1, 1, 1, 1)
+        h = torch.arange(self.heads or 1, device=device).view(-1, 1, 1)
+        queries, keys = torch.arange(t, device=device)[:, None] + start, torch.arange(s, device=device)
+        matrix = self.allows(b, h, queries, keys).expand(self.batch or 1, self.heads or 1, t, s)
+        return matrix[0, 0] if self.batch is None and self.heads is None else matrix
+
+    def sdpa(
+        self, t: int, s: int | None = None, *, offset: int | None = None, device: torch.device | str | None = None
+    ) -> Bool[Tensor, "b h t s"] | None:
+        """Return ``attn_mask`` for torch's SDPA, broadcastable to ``b h t s``; ``None`` where nothing is hidden."""
+        if self is full:
+            return None
+        matrix = self.dense(t, s, offset=offset, device=device)
+        return matrix if matrix.ndim == 4 else matrix[None, None]
+
+    def flex(self, *, offset: int = 0) -> MaskMod:
+        """Return ``mask_mod`` for FlexAttention, with the first query at position ``offset``."""
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return self.allows(b, h, q_idx + offset, kv_idx)
+
+        return mask_mod
+
+    def block_mask(
+        self, t: int, s: int | None = None, *, offset: int | None = None, device: torch.device | str = "cpu"
+    ) -> BlockMask:
+        """Return FlexAttention's block-sparse form of the rule, which skips blocks that are all hidden."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        s = t if s is None else s
+        start = self._start(t, s, offset)
+        return create_block_mask(self.flex(offset=start), self.batch, self.heads, t, s, device=str(device))
+
+    def _start(self, t: int, s: int, offset: int | None) -> int:
+        if offset is None and self.positional and t > s:
+            raise ShapeError(
+                f"queries under {self}",
+                got=f"t={t} queries for s={s} keys",
+                want="t <= s, the queries being the last positions",
+                remedy="Pass offset= to place the first query, or drop the rule for cross-attention.",
+            )
+        start = max(s - t, 0) if offset is None else offset
+        if self.extent is not None and max(start + t, s) > self.extent:
+            raise ShapeError(
+                f"positions under {self}",
+                got=max(start + t, s),
+                want=f"at most {self.extent}",
+                remedy="Make the rule for the longest sequence.",
+            )
+        return start
+
+
+full = Mask("full", lambda b, h, t, s: (t >= 0) & (s >= 0), positional=False)
+full.__doc__ = "Bidirectional attention: every query sees every key, :math:`M(t, s) = 1`."
+causal = Mask("causal", lambda b, h, t, s: s <= t)
+causal.__doc__ = r"Causal attention: a query sees itself and what came before, :math:`M(t, s) = [s \le t]`."
+anticausal = Mask("anticausal", lambda b, h, t, s: s >= t)
+anticausal.__doc__ = "A query sees itself and what comes after.  Not ``~causal``, which hides the query from itself."
+
+
+def window(n: int) -> Mask:
+    r"""Keys nearer than ``n`` positions: :math:`|t - s| < n`, so ``causal & window(n)`` sees ``n`` keys."""
+    _at_least("window size", n, 1)
+    return Mask(f"window({n})", lambda b, h, t, s: (t - s).abs() < n)
+
+
+def sinks(n: int) -> Mask:
+    """The first ``n`` keys, which StreamingLLM keeps for ever (arXiv:2309.17453)."""
+    _at_least("number of sinks", n, 0)
+    return Mask(f"sinks({n})", lambda b, h, t, s: s < n, positional=False)
+
+
+def prefix(lengths: int | Int[Tensor, " b"]) -> Mask:
+    """The keys of a prefix: one length for all, or one for each sample."""
+    text = f"prefix({_brief(lengths)})"
+    if isinstance(lengths, int):
+        _at_least("prefix length", lengths, 0)
+        return Mask(text, lambda b, h, t, s: s < lengths, positional=False)
+    _one_a_sample("prefix lengths", lengths)
+    return Mask(text, lambda b, h, t, s: s < lengths.to(b.device)[b], positional=False, batch=len(lengths))
+
+
+def prefix_lm(lengths: int | Int[Tensor, " b"]) -> Mask:
+    r"""Prefix language model: the prefix is read in both directions, the rest is causal.
+
+    .. math:: M(t, s) = [s \le t] \lor [s < p]
+
+    Args:
+        lengths: of the prefix, :math:`p`: one for all, or one for each sample.
+
+    Raises:
+        ConfigError: a negative length.
+        ShapeError: lengths that are not one integer a sample.
+
+    Shape:
+        ``t s``, or ``b 1 t s`` with one length for each sample.
+
+    Typical values:
+        the length of the prompt; GLM, UL2's S-denoiser and the prefix LM in T5's
+        comparison use it.  PaLM does not: it is causal.
+
+    Source:
+        Raffel et al. 2020, section 3.2.1 and figure 4, arXiv:1910.10683
+    """
+    return causal | prefix(lengths)
+
+
+def padding(lengths: Int[Tensor, " b"]) -> Mask:
+    """Keys that are not padding, where each sample has its length and is padded on the right."""
+    _one_a_sample("padding lengths", lengths)
+    text = f"padding({_brief(lengths)})"
+    return Mask(text, lambda b, h, t, s: s < lengths.to(b.device)[b], positional=False, batch=len(lengths))
+
+
+def left_padding(counts: Int[Tensor, " b"]) -> Mask:
+    """Keys that are not padding, where each sample begins with its own number of padding positions."""
+    _one_a_sample("padding counts", counts)
+    text = f"left_padding({_brief(counts)})"
+    return Mask(text, lambda b, h, t, s: s >= counts.to(b.device)[b], positional=False, batch=len(counts))
+
+
+def dilated(step: int) -> Mask:
+    """Every ``step``-th key, counted from the query; with a reach: ``window(n) & dilated(step)``."""
+    _at_least("dilation step", step, 1)
+    return Mask(f"dilated({step})", lambda b, h, t, s: (t - s) % step == 0)
+
+
+def global_tokens(*positions: int) -> Mask:
+    """Positions that see all and are seen by all (Longformer, arXiv:2004.05150)."""
+    if not positions:
+        raise ConfigError("global tokens", got="none", want="at least one position", remedy="Name the positions.")
+    for p in positions:
+        _at_least("position of a global token", p, 0)
+    text = f"global_tokens({', '.join(map(str, positions))})"
+    return Mask(text, lambda b, h, t, s: reduce(operator.or_, ((t == p) | (s == p) for p in positions)))
+
+
+def random(share: float, seed: int = 0) -> Mask:
+    """A share of all pairs, drawn by hashing (seed, t, s): the same pair is always drawn alike.
+
+    BigBird (arXiv:2007.14062) draws a fixed number of key blocks for each query
+    block; here each pair is drawn on its own, so a row may stay empty: add
+    ``window`` or ``global_tokens``, as BigBird does.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ConfigError("random share", got=share, want="a number in [0, 1]", remedy="Give a share of all pairs.")
+    _at_least("random seed", seed, 0)
+    limit, salt = int(share * 2**32), (seed + 1) * 0x9E3779B1 & 0xFFFFFFFF
+
+    def drawn(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return _mix(_mix(t.to(torch.int64) + salt) + s.to(torch.int64)) < limit
+
+    return Mask(f"random({share}, seed={seed})", drawn)
+
+
+def block(n: int, layout: Bool[Tensor, "rows columns"] | None = None) -> Mask:
+    """Blocks of ``n`` positions that see only themselves, or the key blocks that ``layout`` grants them."""
+    _at_least("block size", n, 1)
+    if layout is None:
+        return Mask(f"block({n})", lambda b, h, t, s: t // n == s // n)
+    if layout.ndim != 2 or layout.dtype != torch.bool or layout.shape[0] != layout.shape[1]:
+        got = f"{tuple(layout.shape)} {layout.dtype}"
+        remedy = "One row for each query block, one column for each key block."
+        raise ShapeError("block layout", got=got, want="a square boolean matrix", remedy=remedy)
+    text = f"block({n}, layout={_brief(layout)})"
+    return Mask(text, lambda b, h, t, s: layout.to(t.device)[t // n, s // n], extent=n * len(layout))
+
+
+def documents(ids: Int[Tensor, "b n"]) -> Mask:
+    """Positions of the same document, where several are packed into one row."""
+    if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+        got = f"{tuple(ids.shape)} {ids.dtype}"
+        raise ShapeError("document ids", got=got, want="integers, b n", remedy="Give each position its document.")
+
+    def same(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        here = ids.to(b.device)
+        return here[b, t] == here[b, s]
+
+    return Mask(f"documents({_brief(ids)})", same, batch=ids.shape[0], extent=ids.shape[1])
+
+
+def per_head(*rules: Mask) -> Mask:
+    """A rule of its own for each head: ``per_head(causal, causal & window(64))``."""
+    if not rules:
+        raise ConfigError("per_head rules", got="none", want="one rule a head", remedy="Pass the rules.")
+
+    def chosen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return reduce(operator.or_, ((h == i) & r.allows(b, h, t, s) for i, r in enumerate(rules)))
+
+    mask = _composed(f"per_head({', '.join(map(str, rules))})", chosen, *rules)
+    mask.heads = len(rules)
+    return mask
+
+
+def _composed(text: str, allows: MaskMod, *parts: Mask) -> Mask:
+    """A rule made of rules: it knows what its parts know."""
+
+    def shared(what: str) -> int | None:
+        sizes = {n for p in parts if (n := getattr(p, what)) is not None}
+        if len(sizes) > 1:
+            raise ShapeError(f"{what} in {text}", got=sorted(sizes), want="one size", remedy="Make the parts alike.")
+        return next(iter(sizes), None)
+
+    extent = min((p.extent for p in parts if p.extent is not None), default=None)
+    positional = any(p.positional for p in parts)
+    return Mask(text, allows, positional=positional, batch=shared("batch"), heads=shared("heads"), extent=extent)
+
+
+def _outer(text: str) -> str:
+    """The text outside all brackets, where an operator would bind too loosely."""
+    depth, out = 0, []
+    for c in text:
+        depth += (c in "([") - (c in ")]")
+        out.append(c if depth == 0 else "")
+    return "".join(out)
+
+
+def _brief(value: int | Tensor) -> str:
+    if isinstance(value, Tensor):
+        return str(value.tolist()) if value.numel() <= 8 else f"<{' x '.join(map(str, value.shape))}>"
+    return repr(value)
+
+
+def _at_least(what: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(what, got=repr(value), want=f"an integer of at least {low}", remedy="Count positions.")
+
+
+def _one_a_sample(what: str, counts: Any) -> None:
+    if not isinstance(counts, Tensor) or counts.ndim != 1 or counts.dtype not in (torch.int32, torch.int64):
+        got = f"{tuple(counts.shape)} {counts.dtype}" if isinstance(counts, Tensor) else repr(counts)
+        raise ShapeError(what, got=got, want="one integer a sample", remedy="Pass an int64 tensor of shape (b,).")
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Hash 32 bits; both factors stay below 2**31, so that no int64 product overflows."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)

@@ -1,0 +1,405 @@
+"""Attention as layers: multi-head (self and cross), Bahdanau's and Luong's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, final
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.attention import (
+    LuongScore,
+    MaskLike,
+    additive_attention,
+    attention_weights,
+    multiplicative_attention,
+    scaled_dot_product_attention,
+)
+from handbook_src.functional.mask import Mask, full
+
+
+class KeyValueCache(Protocol):
+    """What a cache must do: append the new keys and values, return all of them (``b s h e``)."""
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class MultiHeadAttention(nn.Module):
+    r"""Several attentions side by side, each in a subspace of its own.
+
+    .. math::
+        \operatorname{head}_i = \operatorname{Attention}(X W_i^Q, Y W_i^K, Y W_i^V), \qquad
+        \operatorname{MultiHead}(X, Y) = [\operatorname{head}_1; \dots; \operatorname{head}_h]\, W^O
+
+    Self-attention has :math:`Y = X`; cross-attention reads a ``memory`` :math:`Y`.
+    Each head is :func:`handbook_src.functional.attention.scaled_dot_product_attention`.
+
+    Args:
+        dim: features of ``x`` and of the output.
+        heads: number of heads.
+        kv_dim: features of ``memory``; ``dim`` unless given.
+        head_dim: features of a head; ``dim // heads`` unless given.
+        dropout: share of the weights dropped in training.
+        bias: whether the four projections have one.
+
+    Shape:
+        ``x`` is ``b t d``, ``memory`` is ``b s kv_dim``, the output is ``b t d``.
+
+    Typical values:
+        head_dim 64 (GPT-2, BERT) or 128 (Llama); dropout 0.1 in small models, 0 in
+        large ones; bias in GPT-2 and BERT, none in Llama and PaLM.
+
+    Raises:
+        ConfigError: sizes that are not positive, heads that don't divide ``dim``,
+            dropout outside [0, 1).
+
+    Source:
+        Vaswani et al. 2017, section 3.2.2, arXiv:1706.03762
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        kv_dim: int | None = None,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        kv_dim = dim if kv_dim is None else kv_dim
+        if head_dim is None and heads > 0 and dim % heads:
+            raise ConfigError(
+                "heads", got=f"{heads} for dim {dim}", want="a divisor of dim", remedy="Or give head_dim itself."
+            )
+        head_dim = dim // max(heads, 1) if head_dim is None else head_dim
+        if min(dim, heads, kv_dim, head_dim) < 1:
+            got = f"dim {dim}, heads {heads}, kv_dim {kv_dim}, head_dim {head_dim}"
+            raise ConfigError("attention sizes", got=got, want="all at least 1", remedy="Give positive sizes.")
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError("attention dropout", got=dropout, want="a share in [0, 1)", remedy="Typical: 0 to 0.1.")
+        self.dim, self.heads, self.kv_dim, self.head_dim, self.dropout = dim, heads, kv_dim, head_dim, dropout
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(kv_dim, heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(kv_dim, heads * head_dim, bias=bias)
+        self.out_proj = nn.Linear(heads * head_dim, dim, bias=bias)
+        self.kept_heads = list(range(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights (Glorot, uniform) and zero the biases."""
+        for proj in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.xavier_uniform_(proj.weight)
+            if proj.bias is not None:
+                nn.init.zeros_(proj.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        memory: Float[Tensor, "b s kv_dim"] | None = None,
+        mask: MaskLike | None = None,
+        causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Attend from ``x`` to ``memory`` (or to ``x`` itself, and to what the cache holds)."""
+        q, k, v = self._project(x, memory, cache)
+        dropout = self.dropout if self.training else 0.0
+        out = scaled_dot_product_attention(q, k, v, mask, causal=causal, dropout=dropout)
+        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+
+    def weights(
+        self,
+        x: Float[Tensor, "b t d"],
+        memory: Float[Tensor, "b s kv_dim"] | None = None,
+        mask: MaskLike | None = None,
+        causal: bool = False,
+    ) -> Float[Tensor, "b h t s"]:
+        """Return each head's attention weights, without dropout."""
+        q, k, _ = self._project(x, memory, None)
+        return attention_weights(q, k, mask, causal=causal)
+
+    def _project(self, x: Tensor, memory: Tensor | None, cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        if cache is not None and memory is not None:
+            raise ConfigError(
+                "cache with memory",
+                got="both",
+                want="one of them",
+                remedy="A memory does not grow: its keys and values are the same at each step.",
+            )
+        source = x if memory is None else memory
+        if x.shape[-1] != self.dim or source.shape[-1] != self.kv_dim:
+            raise ShapeError(
+                "features",
+                got=f"x {tuple(x.shape)}, memory {tuple(source.shape)}",
+                want=f"x (b, t, {self.dim}), memory (b, s, {self.kv_dim})",
+                remedy="Give kv_dim= where the memory is of another width.",
+            )
+        q, k, v = (
+            rearrange(proj(y), "b t (h e) -> b t h e", e=self.head_dim)
+            for proj, y in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
+        )
+        if cache is not None:
+            k, v = cache.update(k, v)
+        return q, k, v
+
+    @torch.no_grad()
+    def prune_heads(self, heads: Iterable[int]) -> None:
+        """Remove heads for good, by their original numbers: the layer becomes smaller and faster.
+
+        The output equals that of a layer in which these heads' columns of
+        ``out_proj`` are zero.  Parameters are new objects: build the optimizer after.
+
+        Args:
+            heads: original numbers of the heads to remove; ``kept_heads`` lists what is left.
+
+        Raises:
+            ConfigError: a head that is not there (any more), or no head would be left.
+
+        Source:
+            Michel et al. 2019, arXiv:1905.10650
+        """
+        gone = set(heads)
+        if not gone <= set(self.kept_heads) or len(gone) == len(self.kept_heads):
+            raise ConfigError(
+                "heads to prune",
+                got=sorted(gone),
+                want=f"some of {self.kept_heads}, not all",
+                remedy="Heads keep their original numbers when others are pruned.",
+            )
+        keep = [i for i, head in enumerate(self.kept_heads) if head not in gone]
+        rows = (torch.tensor(keep)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+        for proj in (self.q_proj, self.k_proj, self.v_proj):
+            proj.weight = nn.Parameter(proj.weight[rows.to(proj.weight.device)])
+            if proj.bias is not None:
+                proj.bias = nn.Parameter(proj.bias[rows.to(proj.bias.device)])
+            proj.out_features = len(rows)
+        self.out_proj.weight = nn.Parameter(self.out_proj.weight[:, rows.to(self.out_proj.weight.device)])
+        self.out_proj.in_features = len(rows)
+        self.kept_heads = [head for head in self.kept_heads if head not in gone]
+        self.heads = len(self.kept_heads)
+
+    def extra_repr(self) -> str:
+        pruned = "" if self.kept_heads == list(range(self.heads)) else f", kept_heads={self.kept_heads}"
+        return f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, dropout={self.dropout}{pruned}"
+
+
+@final
+class SelfAttention(MultiHeadAttention):
+    r"""Attention of a sequence to itself: queries, keys and values are made of the same vectors.
+
+    .. math:: Y = \operatorname{softmax}\!\Big(\frac{(X W^Q)(X W^K)^\top}{\sqrt e}\Big) X W^V
+
+    The layer carries its mask rule, so that a stack of layers reads as a list of rules.
+    Without a rule and without positions it is permutation equivariant.
+
+    Args:
+        dim: features of ``x`` and of the output.
+        heads: number of heads; 1 is the plain form.
+        rule: the mask of this layer, for instance ``causal``; all see all unless given.
+        dropout: share of the weights dropped in training.
+        bias: whether the projections have one.
+
+    Shape:
+        ``x`` and the output are ``b t d``.
+
+    Typical values:
+        as for :class:`MultiHeadAttention`.
+
+    Source:
+        Vaswani et al. 2017, section 3.2.3, arXiv:1706.03762
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 1, *, rule: Mask | None = None, dropout: float = 0.0, bias: bool = True
+    ) -> None:
+        super().__init__(dim, heads, dropout=dropout, bias=bias)
+        self.rule = full if rule is None else rule
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Float[Tensor, "b t d"],
+        mask: Mask | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Attend from ``x`` to ``x`` under the layer's rule, and ``mask`` (padding) where given."""
+        return super().forward(x, mask=self.rule if mask is None else self.rule & mask, cache=cache)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rule={self.rule}"
+
+
+@final
+class CrossAttention(MultiHeadAttention):
+    r"""Attention of one sequence to another: queries from ``x``, keys and values from ``memory``.
+
+    .. math:: Z = \operatorname{softmax}\!\Big(\frac{(X W^Q)(Y W^K)^\top}{\sqrt e}\Big) Y W^V
+
+    Args:
+        dim: features of ``x`` and of the output.
+        kv_dim: features of ``memory``.
+        heads: number of heads; 1 is the plain form.
+        dropout: share of the weights dropped in training.
+        bias: whether the projections have one.
+
+    Shape:
+        ``x`` and the output are ``b t d``, ``memory`` is ``b s kv_dim``.
+
+    Typical values:
+        ``kv_dim == dim`` in translation; 768 (CLIP's text) in Stable Diffusion 1.
+
+    Source:
+        Vaswani et al. 2017, section 3.2.3, arXiv:1706.03762
+    """
+
+    def __init__(self, dim: int, kv_dim: int, heads: int = 1, *, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(dim, heads, kv_dim=kv_dim, dropout=dropout, bias=bias)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Float[Tensor, "b t d"],
+        memory: Float[Tensor, "b s kv_dim"],
+        mask: MaskLike | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Attend from ``x`` to ``memory``; ``mask`` is most often ``padding(lengths)`` of the memory."""
+        return super().forward(x, memory, mask)
+
+
+@final
+class BahdanauAttention(nn.Module):
+    r"""Additive attention: a small network scores how well a state matches an annotation.
+
+    See :func:`handbook_src.functional.attention.additive_attention`.
+
+    Args:
+        query_dim: features of the decoder's state.
+        key_dim: features of the annotations.
+        hidden_dim: width of the scoring network.
+
+    Shape:
+        ``query`` is ``b t query_dim``, ``memory`` is ``b s key_dim``; returns the context
+        ``b t key_dim`` and the weights ``b t s``.
+
+    Typical values:
+        query_dim 1000, key_dim 2000 (both directions), hidden_dim 1000 in the paper.
+
+    Raises:
+        ConfigError: a size that is not positive.
+
+    Source:
+        Bahdanau et al. 2015, eqs. 5 and 6 and appendix A.1.2, arXiv:1409.0473
+    """
+
+    def __init__(self, query_dim: int, key_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        _positive(query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim)
+        self.query_proj = nn.Linear(query_dim, hidden_dim, bias=False)
+        self.key_proj = nn.Linear(key_dim, hidden_dim, bias=False)
+        self.vector = nn.Parameter(torch.empty(hidden_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as ``nn.Linear`` does (the paper's tiny ones start as a plain mean)."""
+        self.query_proj.reset_parameters()
+        self.key_proj.reset_parameters()
+        nn.init.normal_(self.vector, std=len(self.vector) ** -0.5)
+
+    def keys(self, memory: Float[Tensor, "b s key_dim"]) -> Float[Tensor, "b s hidden_dim"]:
+        """Return :math:`U_a h_j`, which a decoder needs once for all its steps."""
+        return self.key_proj(memory)
+
+    def forward(
+        self,
+        query: Float[Tensor, "b t query_dim"],
+        memory: Float[Tensor, "b s key_dim"],
+        mask: MaskLike | None = None,
+        keys: Float[Tensor, "b s hidden_dim"] | None = None,
+    ) -> tuple[Float[Tensor, "b t key_dim"], Float[Tensor, "b t s"]]:
+        """Return the contexts and the weights; ``keys`` spares projecting the memory again."""
+        keys = self.keys(memory) if keys is None else keys
+        return additive_attention(self.query_proj(query), keys, memory, self.vector, mask)
+
+
+@final
+class LuongAttention(nn.Module):
+    """Multiplicative attention: a (bilinear) product scores how well a state matches a source state.
+
+    See :func:`handbook_src.functional.attention.multiplicative_attention`.
+
+    Args:
+        query_dim: features of the decoder's state.
+        key_dim: features of the source states; ``query_dim`` unless given.
+        score: ``dot`` (no parameters), ``general`` or ``concat``.
+        hidden_dim: width inside ``concat``; ``query_dim`` unless given.
+
+    Shape:
+        ``query`` is ``b t query_dim``, ``memory`` is ``b s key_dim``; returns the context
+        ``b t key_dim`` and the weights ``b t s``.
+
+    Typical values:
+        query_dim = key_dim = 1000 in the paper, which found ``general`` best.
+
+    Raises:
+        ConfigError: a size that is not positive, an unknown score, ``dot`` between
+            unequal widths.
+
+    Source:
+        Luong et al. 2015, eqs. 7 and 8, arXiv:1508.04025
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        key_dim: int | None = None,
+        *,
+        score: LuongScore = "general",
+        hidden_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        key_dim = query_dim if key_dim is None else key_dim
+        hidden_dim = query_dim if hidden_dim is None else hidden_dim
+        _positive(query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim)
+        if score not in ("dot", "general", "concat"):
+            raise ConfigError(
+                "Luong score", got=repr(score), want="dot, general or concat", remedy="The paper has these three."
+            )
+        if score == "dot" and query_dim != key_dim:
+            raise ConfigError(
+                "Luong's dot score",
+                got=f"query_dim {query_dim}, key_dim {key_dim}",
+                want="equal widths",
+                remedy="Use score='general'.",
+            )
+        self.score = score
+        shape = {"dot": None, "general": (query_dim, key_dim), "concat": (hidden_dim, query_dim + key_dim)}[score]
+        self.weight = None if shape is None else nn.Parameter(torch.empty(shape))
+        self.vector = nn.Parameter(torch.empty(hidden_dim)) if score == "concat" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights: Glorot, and a vector of about unit length."""
+        if self.weight is not None:
+            nn.init.xavier_uniform_(self.weight)
+        if self.vector is not None:
+            nn.init.normal_(self.vector, std=len(self.vector) ** -0.5)
+
+    def forward(
+        self,
+        query: Float[Tensor, "b t query_dim"],
+        memory: Float[Tensor, "b s key_dim"],
+        mask: MaskLike | None = None,
+    ) -> tuple[Float[Tensor, "b t key_dim"], Float[Tensor, "b t s"]]:
+        """Return the contexts and the weights."""
+        return multiplicative_attention(query, memory, memory, self.score, self.weight, self.vector, mask)
+
+    def extra_repr(self) -> str:
+        return f"score={self.score!r}"
+
+
+def _positive(**sizes: int) -> None:
+    if min(sizes.values()) < 1:
+        raise ConfigError("attention sizes", got=sizes, want="all at least 1", remedy="Give positive sizes.")
