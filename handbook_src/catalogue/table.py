@@ -160,7 +160,7 @@ def component(name: str) -> Component:
             "component name",
             got=repr(name),
             want="a name that only one component answers to",
-            remedy="It may be any of: " + ", ".join(c.id for c in found) + ".",
+            remedy="It may be any of: " + "; ".join(f"{c.id} ({c.title})" for c in found) + ".",
         )
     near = close_matches(name)
     remedy = f"Did you mean {', '.join(near)}?" if near else "List all with `python -m handbook_src.catalogue`."

@@ -1,0 +1,112 @@
+"""The catalogue at the command line: ``python -m handbook_src.catalogue --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+from handbook_src.catalogue.ledger import find_stage, ledger
+from handbook_src.catalogue.table import STATUSES, Component, components, fold
+from handbook_src.errors import ConfigError, HandbookError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the three commands."""
+    top = argparse.ArgumentParser(
+        prog="python -m handbook_src.catalogue",
+        description="All components of the handbook: what they are, where they are, what proves them.",
+    )
+    top.add_argument("--json", action="store_true", help="print a list of objects, one a component")
+    top.add_argument("--part", help="only this part of the book, such as attention")
+    top.add_argument("--status", choices=STATUSES, help="only components with this status")
+    commands = top.add_subparsers(dest="command")
+    show = commands.add_parser("show", help="print the card of one component")
+    show.add_argument("name", nargs="+", help="an id, title or synonym: rms-norm, SwiGLU, atrous convolution")
+    ledger_ = commands.add_parser("claims", help="print the claims and their verdicts")
+    ledger_.add_argument("--json", action="store_true", help="print a list of objects with id, component, verdict")
+    return top
+
+
+def chosen(part: str | None, status: str | None) -> list[Component]:
+    """The rows of one part and status.
+
+    Raises:
+        ConfigError: no part has this name.
+    """
+    rows = components()
+    if part is not None:
+        known = list(dict.fromkeys(c.part for c in rows))
+        match = [p for p in known if fold(p) == fold(part)] or [p for p in known if fold(part) in fold(p)]
+        if not match:
+            raise ConfigError(
+                "--part", got=repr(part), want="a part of the book", remedy=f"One of: {'; '.join(known)}."
+            )
+        rows = [c for c in rows if c.part in match]
+    return [c for c in rows if status in (None, c.status)]
+
+
+def listing(rows: Sequence[Component]) -> str:
+    """The rows by part, and how many of them are published."""
+    width = max((len(c.id) for c in rows), default=0)
+    lines: list[str] = []
+    for part in dict.fromkeys(c.part for c in rows):
+        members = [c for c in rows if c.part == part]
+        done = sum(c.status == "published" for c in members)
+        lines += [f"{part} ({done} of {len(members)} published)"]
+        lines += [f"  {'*' if c.status == 'published' else ' '} {c.id:<{width}}  {c.title}" for c in members] + [""]
+    count = Counter(c.status for c in rows)
+    lines += [f"{count['published']} published (*), {count['planned']} planned, {len(rows)} in all"]
+    return "\n".join(lines)
+
+
+def print_claims(as_json: bool) -> None:
+    """The ledger; without a built book every verdict is open, which stderr says."""
+    if find_stage() is None:
+        print(
+            "The book has not been built here, so all claims read open: python3 -m handbook_src book", file=sys.stderr
+        )
+    entries = ledger()
+    if as_json:
+        rows = [{"id": e.id, "component": e.component, "verdict": e.verdict} for e in entries]
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for e in entries:
+        print(f"{e.verdict:<12}{e.id:<32}{e.claim}")
+    count = Counter(e.verdict for e in entries)
+    print("\n" + ", ".join(f"{n} {verdict}" for verdict, n in count.most_common()))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Do what the arguments ask; the exit status is 2 when they name nothing."""
+    options = parser().parse_args(argv)
+    try:
+        if options.command == "show":
+            from handbook_src.catalogue.card import card
+
+            print(card(" ".join(options.name)))
+        elif options.command == "claims":
+            print_claims(options.json)
+        else:
+            rows = chosen(options.part, options.status)
+            if options.json:
+                print(json.dumps([c.as_dict() for c in rows], indent=1, ensure_ascii=False))
+            else:
+                print(listing(rows))
+        sys.stdout.flush()
+    except ConfigError as error:
+        print(f"{parser().prog}: {error}", file=sys.stderr)
+        return 2
+    except HandbookError as error:
+        print(f"{parser().prog}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
