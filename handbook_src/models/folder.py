@@ -1,0 +1,112 @@
+"""Checkpoint folders as Hugging Face writes them: config.json and safetensors, whole or sharded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from handbook_src.errors import DataError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a checkpoint folder's configuration and weights, on the CPU, as stored.
+
+    Raises:
+        DataError: a file is missing, torn, or not what its name says.
+    """
+    folder = Path(folder)
+    config = _json(folder / CONFIG, "the model's configuration")
+    if (folder / INDEX).exists():
+        index = _json(folder / INDEX, "the list of shards").get("weight_map", {})
+        weights: dict[str, Tensor] = {}
+        for shard in sorted(set(index.values())):
+            weights.update(_tensors(folder / shard))
+        absent = sorted(set(index) - set(weights))
+        if absent:
+            raise DataError(
+                f"{folder / INDEX}",
+                got=f"no {absent} in the shards",
+                want="every key it lists",
+                remedy="Copy it again.",
+            )
+        return config, weights
+    return config, _tensors(folder / WEIGHTS)
+
+
+def write_folder(folder: str | Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write ``config.json`` and ``model.safetensors``; tensors that share memory must be left out by the caller."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf8")
+    plain = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into a model of exactly these names and shapes.
+
+    Raises:
+        DataError: names what is missing, what is left over, or which shapes differ.
+    """
+    want = dict(model.named_parameters())
+    missing, unexpected = sorted(set(want) - set(weights)), sorted(set(weights) - set(want))
+    if missing or unexpected:
+        raise DataError(
+            f"weights of {source}",
+            got=f"missing {missing}, unexpected {unexpected}",
+            want="exactly the model's parameters",
+            remedy="Check that the folder holds this kind of model; config.json decides its depth.",
+        )
+    wrong = {n: (tuple(weights[n].shape), tuple(p.shape)) for n, p in want.items() if weights[n].shape != p.shape}
+    if wrong:
+        raise DataError(
+            f"weights of {source}",
+            got=", ".join(f"{n} {a}" for n, (a, _) in wrong.items()),
+            want=", ".join(f"{n} {b}" for n, (_, b) in wrong.items()),
+            remedy="config.json and the weights belong to different models.",
+        )
+    with torch.no_grad():
+        for name, p in want.items():
+            p.copy_(weights[name])
+
+
+def _json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError as e:
+        raise DataError(
+            str(path), got="no such file", want=what, remedy="Pass a folder that save_pretrained wrote."
+        ) from e
+    except ValueError as e:
+        raise DataError(str(path), got=f"broken JSON ({e})", want=what, remedy="Copy the file again.") from e
+    if not isinstance(content, dict):
+        raise DataError(str(path), got=type(content).__name__, want="a JSON object", remedy="Copy the file again.")
+    return content
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        others = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".safetensors", ".pt"))
+        raise DataError(
+            str(path),
+            got=f"no such file beside {others}",
+            want="weights as safetensors",
+            remedy="Convert a pickled .bin with transformers: model.save_pretrained(folder).",
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise DataError(
+            str(path), got=f"a torn file ({e})", want="a whole safetensors file", remedy="Copy it again."
+        ) from e
