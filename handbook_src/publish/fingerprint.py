@@ -1,0 +1,220 @@
+"""The content key of a chapter: what its execution reads, and nothing else.
+
+Counted: the code cells, the parameters, the bytes of every module of
+``handbook_src`` that the code imports (directly or not, read from the syntax
+tree, so an import inside a function counts), the data files beside these
+modules, the files that the code names by path, the installed versions of what
+is pinned, Python's minor version, and the GPU's name.
+
+Not counted: prose. A page's text is merged with the kept outputs at each build,
+so an edit of a sentence reaches the page without an execution. Also not counted
+are the press itself and the catalogue's two tables, apart from the rows whose id
+the chapter's code names.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from handbook_src.publish import environment
+from handbook_src.publish.book import Book
+
+PACKAGE = "handbook_src"
+#: Counted up when the press changes so that earlier outputs no longer hold.
+FORMAT = 1
+#: Imported by nothing that a chapter computes with.
+PRESS = f"{PACKAGE}.publish"
+#: Tables of which a chapter reads the rows that it names.
+TABLES = (f"{PACKAGE}/catalogue/components.tsv", f"{PACKAGE}/catalogue/claims.tsv")
+#: Pinned tools that can't reach a chapter's outputs: checkers, testers, renderers.
+TOOLS = re.compile(
+    r"ruff|mypy|mypy-extensions|codespell|import-linter|grimp|pytest|pytest-.*|execnet|iniconfig|pluggy|nbval|coverage"
+    r"|hypothesis|pre-commit|cfgv|identify|nodeenv|virtualenv|distlib|python-discovery|build|pyproject-hooks|hatchling"
+    r"|trove-classifiers|playwright|sphinx|sphinx-.*|sphinxcontrib-.*|myst-.*|jupyter-book|jupyter-cache|jupytext"
+    r"|pydata-sphinx-theme|accessible-pygments|alabaster|babel|snowballstemmer|imagesize|docutils|pybtex.*|latexcodec"
+    r"|beautifulsoup4|soupsieve|linkify-it-py|uc-micro-py|sqlalchemy|greenlet"
+)
+#: What shapes an execution apart from a cell's source.
+TELLING_TAGS = {"parameters", "raises-exception", "skip-execution"}
+
+
+@dataclass
+class Fingerprints:
+    """Keys for one book; remembers what it has read, so make one per build."""
+
+    book: Book
+    device: str | None = None
+    _imports: dict[Path, set[str]] = field(default_factory=dict)
+    _bytes: dict[Path, str] = field(default_factory=dict)
+
+    def key(self, notebook: Any, page: str, parameters: dict[str, Any]) -> str:
+        """Twenty hexadecimal digits that change when the outputs may."""
+        cells = [c for c in notebook.cells if c.cell_type == "code"]
+        sources = [c.source for c in cells]
+        tags = [sorted(TELLING_TAGS & set(c.metadata.get("tags", []))) for c in cells]
+        facts = [FORMAT, page, sources, tags, parameters, self.versions, sys.version_info[:2], self.gpu(parameters)]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        trees = list(parsed(sources))
+        for path in sorted(self.files(trees, self.book.root / page)):
+            digest.update(f"{path.relative_to(self.book.root).as_posix()}\0{self.digest(path)}\n".encode())
+        for row in self.rows(trees):
+            digest.update(row.encode())
+        return digest.hexdigest()[:20]
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Installed versions of all pinned packages that a chapter's outputs can depend on."""
+        return {name: found for name in environment.pins(self.book.root) if (found := _version(name))}
+
+    def gpu(self, parameters: dict[str, Any]) -> str | None:
+        device = str(parameters.get("device", "cpu"))
+        return None if device == "cpu" else device_name(device)
+
+    def digest(self, path: Path) -> str:
+        if path not in self._bytes:
+            self._bytes[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return self._bytes[path]
+
+    def files(self, trees: list[ast.AST], page: Path) -> set[Path]:
+        """Modules, the data beside them, and files named by path."""
+        modules = self.modules(trees)
+        return modules | {d for m in modules for d in self.data_beside(m)} | set(self.named(trees, page))
+
+    def modules(self, trees: Iterable[ast.AST]) -> set[Path]:
+        """Files of the package that the code imports, directly or not."""
+        todo = [name for tree in trees for name in names_in(tree)]
+        seen: set[str] = set()
+        files: set[Path] = set()
+        while todo:
+            name = todo.pop()
+            if name in seen or name == PRESS or name.startswith(PRESS + "."):
+                continue
+            seen.add(name)
+            todo += [name.rpartition(".")[0]] if "." in name else []
+            for path in self.resolve(name):
+                if path not in files:
+                    files.add(path)
+                    todo += self.imports(path)
+        return files
+
+    def resolve(self, name: str) -> list[Path]:
+        """The file of a dotted name; of a name that a package hands out lazily, all of the package."""
+        base = self.book.root.joinpath(*name.split("."))
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.exists():
+                return [path]
+        package = base.parent / "__init__.py"
+        if (
+            base.parent != self.book.root / PACKAGE
+            and package.exists()
+            and "def __getattr__" in package.read_text("utf8")
+        ):
+            return sorted(base.parent.glob("*.py"))
+        return []
+
+    def imports(self, path: Path) -> set[str]:
+        if path not in self._imports:
+            parts = path.relative_to(self.book.root).with_suffix("").parts
+            self._imports[path] = names_in(ast.parse(path.read_text("utf8")), ".".join(parts))
+        return self._imports[path]
+
+    def data_beside(self, module: Path) -> Iterator[Path]:
+        for path in module.parent.iterdir():
+            inside = path.relative_to(self.book.root).as_posix()
+            if path.is_file() and path.suffix not in {".py", ".pyc", ".md", ".part"} and inside not in TABLES:
+                yield path
+
+    def named(self, trees: list[ast.AST], page: Path) -> Iterator[Path]:
+        """Files that the code names, from the page's folder or from the root; of a folder, all in it."""
+        for text in strings(trees):
+            if not 0 < len(text) < 200 or "\n" in text or "/" not in text:
+                continue
+            for base in (page.parent, self.book.root):
+                path = (base / text).resolve()
+                if not path.is_relative_to(self.book.root) or path.is_relative_to(self.book.build):
+                    continue
+                if path.is_file():
+                    yield path
+                elif path.is_dir() and len(path.relative_to(self.book.root).parts) > 1:
+                    yield from (p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
+
+    def rows(self, trees: list[ast.AST]) -> list[str]:
+        """The rows of the catalogue's tables whose id the code names."""
+        said = set(strings(trees))
+        found = []
+        for table in TABLES:
+            path = self.book.root / table
+            if path.exists():
+                found += [line for line in path.read_text("utf8").splitlines() if line.partition("\t")[0] in said]
+        return found
+
+
+def parsed(sources: Iterable[str]) -> Iterator[ast.AST]:
+    """Syntax trees of cells; IPython's own lines are left out, and so is a cell that doesn't parse."""
+    for text in sources:
+        plain = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in text.splitlines())
+        try:
+            yield ast.parse(plain)
+        except SyntaxError:  # its execution will say so
+            continue
+
+
+def names_in(tree: ast.AST, here: str = "") -> set[str]:
+    """Dotted names of the package that a syntax tree imports, touches or spells out."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*here.split(".")[: -node.level], *filter(None, [base])])
+            found |= {base} | {f"{base}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(_chain(node))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)  # importlib.import_module("handbook_src....")
+    return {n for n in found if re.fullmatch(rf"{PACKAGE}(\.\w+)*", n)}
+
+
+def _chain(node: ast.expr) -> str:
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+def strings(trees: Iterable[ast.AST]) -> Iterator[str]:
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def _version(name: str) -> str | None:
+    if TOOLS.fullmatch(name):
+        return None
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "-"
+
+
+def device_name(device: str) -> str:
+    """The accelerator's own name, which belongs beside every figure measured on it."""
+    import torch
+
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(torch.device(device))
+    return device

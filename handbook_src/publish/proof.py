@@ -1,0 +1,49 @@
+"""The ``test`` command: build, then every test, and every notebook once more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from handbook_src.publish import build
+from handbook_src.publish.book import Book
+from handbook_src.publish.execute import kernel_environment
+
+#: pytest's exit status when no test was collected.
+NOTHING_RAN = 5
+
+
+def command(book: Book, jobs: int, rest: list[str]) -> list[str]:
+    """The pytest call. Notebooks come first: they are the longest, and a file stays on one worker."""
+    chosen = [argument for argument in rest if names_tests(book.root, argument)]
+    where = [] if chosen else [str((book.stage / "book").relative_to(book.root)), "tests"]
+    return [
+        *(sys.executable, "-m", "pytest", "-q", "--durations=10"),
+        *("-n", str(jobs), "--dist", "loadfile"),
+        *("--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg"),
+        *rest,
+        *where,
+    ]
+
+
+def names_tests(root: Path, argument: str) -> bool:
+    """Whether an argument is a path, so that the caller has chosen what to run."""
+    return not argument.startswith("-") and (root / argument.partition("::")[0]).exists()
+
+
+def test(root: Path, options: build.Options, rest: list[str]) -> int:
+    """Build and prove; pytest's exit status, or 1 where the build failed."""
+    book = Book(root)
+    built = build.book(root, options)
+    if built == 130:
+        return built
+    jobs = options.jobs or build.cores()
+    line = command(book, jobs, rest)
+    print("\nThe tests, and every notebook executed again and compared:\n  " + " ".join(line[1:]) + "\n", flush=True)
+    settings = {**os.environ, **kernel_environment(book)}
+    code = subprocess.call(line, cwd=root, env=settings)
+    if built:
+        print("\nThe build failed before the tests (see above), so this run counts as failed.")
+    return built or code
