@@ -4,6 +4,7 @@ Used by ``tests/``, by the chapters' proof cells and by the workshop ``kernels/`
 the house itself never imports this room.
 """
 
+from handbook_src.testing.checker import unchecked
 from handbook_src.testing.law import (
     assert_batch_independent,
     assert_causal,
@@ -19,4 +20,5 @@ __all__ = [
     "assert_permutation_equivariant",
     "refuses",
     "relative_error",
+    "unchecked",
 ]

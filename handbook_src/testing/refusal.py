@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from handbook_src.errors import HandbookError
+from handbook_src.testing.checker import unchecked
 
 
 @contextmanager
@@ -19,12 +20,9 @@ def refuses(error: type[HandbookError], *values: object) -> Iterator[None]:
         >>> with refuses(ConfigError, "eps", -1.0):  # doctest: +SKIP
         ...     rms_norm(x, weight, eps=-1.0)
     """
-    import jaxtyping
-
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        yield
+        with unchecked():
+            yield
     except error as e:
         message = str(e)
         missing = [v for v in values if str(v) not in message]
@@ -34,5 +32,3 @@ def refuses(error: type[HandbookError], *values: object) -> Iterator[None]:
             raise AssertionError(f"{error.__name__} offers no remedy: {message}") from e
     else:
         raise AssertionError(f"nothing was raised; want {error.__name__} naming {list(values)}")
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
