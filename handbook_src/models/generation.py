@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,6 +16,7 @@ from handbook_src.layers.kv_cache import AppendCache, KVCache
 Pick = Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
 class CausalLM(Protocol):
     """What :func:`generate` asks of a model: a context, a training mode, a cache, logits."""
 
