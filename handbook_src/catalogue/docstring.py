@@ -65,12 +65,16 @@ def _tree(file: Path) -> ast.Module:
 
 
 def _module_file(name: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):
+    """The file of a module, found on disk: ``find_spec`` would import what stands around it."""
+    top, *inner = name.split(".")
+    spec = importlib.util.find_spec(top) if top else None
+    if spec is None or not spec.origin:
         return None
-    origin = spec.origin if spec else None
-    return Path(origin) if origin and origin.endswith(".py") else None
+    base = Path(spec.origin)
+    if inner:
+        base = base.parent.joinpath(*inner)
+        base = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    return base if base.suffix == ".py" and base.is_file() else None
 
 
 def _definition(path: str) -> tuple[str, Path, Definition] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -120,14 +119,19 @@ def fold(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", plain.lower())
 
 
-def search(name: str, rows: Iterable[Component] | None = None) -> list[Component]:
+@cache
+def _index() -> dict[str, list[Component]]:
+    """Every folded name with the components that answer to it; an id answers alone."""
+    index: dict[str, list[Component]] = {}
+    for c in _components():
+        for key in {fold(n) for n in c.names}:
+            index.setdefault(key, []).append(c)
+    return index | {fold(c.id): [c] for c in _components()}
+
+
+def search(name: str) -> list[Component]:
     """The components that answer to ``name``: an id wins over titles and synonyms."""
-    rows = components() if rows is None else list(rows)
-    key = fold(name)
-    if not key:
-        return []
-    by_id = [c for c in rows if fold(c.id) == key]
-    return by_id or [c for c in rows if key in {fold(n) for n in c.names}]
+    return list(_index().get(fold(name), ()))
 
 
 def close_matches(name: str, limit: int = 5) -> list[str]:

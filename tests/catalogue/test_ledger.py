@@ -1,0 +1,85 @@
+"""A verdict comes from an executed notebook and from nowhere else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handbook_src.catalogue import claims
+from handbook_src.catalogue.ledger import CLAIM_TYPE, find_root, find_stage, ledger
+from handbook_src.errors import DataError
+from handbook_src.notebook import CLAIM_TYPE as WRITTEN_TYPE
+from handbook_src.testing.refusal import refuses
+
+HOLDS = {"id": "rms-norm-1", "verdict": "holds", "figures": {"ratio": "1.12"}, "because": "It was faster."}
+
+
+def stage_with(folder: Path, **pages: list[dict[str, Any]]) -> Path:
+    for page, found in pages.items():
+        path = folder / "book" / "part" / f"{page}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        outputs = [{"output_type": "display_data", "data": {CLAIM_TYPE: r, "text/plain": ""}} for r in found]
+        cells: list[dict[str, Any]] = [{"cell_type": "markdown", "source": "text"}]
+        cells.append({"cell_type": "code", "outputs": [{"output_type": "stream", "text": "x"}, *outputs]})
+        path.write_text(json.dumps({"cells": cells, "metadata": {}}))
+    return folder
+
+
+def test_reader_and_writer_mean_the_same_type() -> None:
+    assert CLAIM_TYPE == WRITTEN_TYPE
+
+
+def test_without_a_run_everything_is_open(tmp_path: Path) -> None:
+    entries = ledger(tmp_path)
+    assert [e.id for e in entries] == [c.id for c in claims()]
+    assert {e.verdict for e in entries} == {"open"}
+    assert {e.chapter for e in entries} == {""}
+
+
+def test_a_record_settles_its_claim(tmp_path: Path) -> None:
+    entries = {e.id: e for e in ledger(stage_with(tmp_path, norm=[HOLDS]))}
+    entry = entries["rms-norm-1"]
+    assert (entry.verdict, entry.figures, entry.because) == ("holds", {"ratio": "1.12"}, "It was faster.")
+    assert (entry.chapter, entry.anchor) == ("book/part/norm", "claim-rms-norm-1")
+    assert entries["rms-norm-2"].verdict == "open"
+    assert len(entries) == len(claims())
+
+
+def test_only_the_named_notebooks_count(tmp_path: Path) -> None:
+    stage = stage_with(tmp_path, norm=[HOLDS], other=[])
+    entries = ledger(stage, notebooks=[stage / "book" / "part" / "other.ipynb"])
+    assert {e.verdict for e in entries} == {"open"}
+
+
+@pytest.mark.parametrize("pages", [{"norm": [HOLDS, HOLDS]}, {"norm": [HOLDS], "other": [HOLDS]}])
+def test_two_verdicts_on_one_claim_are_refused(tmp_path: Path, pages: dict[str, list[dict[str, Any]]]) -> None:
+    with refuses(DataError, "rms-norm-1", "book/part/norm", *(f"book/part/{p}" for p in pages)):
+        ledger(stage_with(tmp_path, **pages))
+
+
+def test_a_record_of_no_claim_is_refused(tmp_path: Path) -> None:
+    with refuses(DataError, "'no-such-claim'", "book/part/norm"):
+        ledger(stage_with(tmp_path, norm=[{**HOLDS, "id": "no-such-claim"}]))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_torn_notebook_is_refused(tmp_path: Path, text: str) -> None:
+    stage = stage_with(tmp_path, norm=[HOLDS])
+    (stage / "book" / "part" / "norm.ipynb").write_text(text)
+    with refuses(DataError, "norm.ipynb", "an executed notebook"):
+        ledger(stage)
+
+
+def test_the_stage_is_found_from_inside_the_repository(tmp_path: Path) -> None:
+    (tmp_path / "handbook_src").mkdir()
+    (tmp_path / "_toc.yml").touch()
+    inside = tmp_path / "book" / "part"
+    inside.mkdir(parents=True)
+    assert find_root(inside) == tmp_path
+    assert find_stage(inside) is None
+    stage = tmp_path / "_build" / "stage"
+    (stage / "book").mkdir(parents=True)
+    assert find_stage(inside) == stage
