@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from handbook_src.testing.parity import labelled
+
 
 def assert_causal(fn: Callable[[Tensor], Tensor], x: Tensor, *, axis: int = 1) -> None:
     """Assert that no output depends on a later input, along ``axis``.
@@ -29,12 +31,14 @@ def assert_causal(fn: Callable[[Tensor], Tensor], x: Tensor, *, axis: int = 1) -
             raise AssertionError(f"output up to step {t} has gradient {leak:.2e} from later inputs")
 
 
-def assert_batch_independent(fn: Callable[[Tensor], Tensor], x: Tensor, *, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+def assert_batch_independent(
+    fn: Callable[[Tensor], Tensor], x: Tensor, *, rtol: float = 1e-9, atol: float = 1e-11
+) -> None:
     """Assert that each sample's output is the same alone as in the batch (axis 0)."""
     y = fn(x)
     for i in range(x.shape[0]):
         alone = fn(x[i : i + 1])[0]
-        torch.testing.assert_close(alone, y[i], rtol=rtol, atol=atol, msg=lambda m, i=i: f"sample {i}: {m}")
+        torch.testing.assert_close(alone, y[i], rtol=rtol, atol=atol, msg=labelled(f"sample {i}"))
 
 
 def assert_permutation_equivariant(
@@ -42,6 +46,4 @@ def assert_permutation_equivariant(
 ) -> None:
     """Assert that permuting the input along ``axis`` permutes the output alike."""
     order = torch.randperm(x.shape[axis], generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(
-        fn(x.index_select(axis, order)), fn(x).index_select(axis, order), rtol=rtol, atol=atol
-    )
+    torch.testing.assert_close(fn(x.index_select(axis, order)), fn(x).index_select(axis, order), rtol=rtol, atol=atol)

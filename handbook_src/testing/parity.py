@@ -56,7 +56,7 @@ def assert_parity(
     generator = torch.Generator().manual_seed(seed)
     total, want_total = torch.zeros((), dtype=dtype), torch.zeros((), dtype=dtype)
     for i, (out, want) in enumerate(zip(outs, wants, strict=True)):
-        torch.testing.assert_close(out, want, rtol=rtol, atol=atol, msg=lambda m, i=i: f"output {i}: {m}")
+        torch.testing.assert_close(out, want, rtol=rtol, atol=atol, msg=labelled(f"output {i}"))
         if out.is_floating_point() and want.requires_grad:
             if not out.requires_grad:
                 raise AssertionError(f"output {i}: the oracle is differentiable, ours is not")
@@ -71,6 +71,11 @@ def assert_parity(
             _same_gradient(f"input {i}", a, b, rtol, atol)
     for i, (a, b) in enumerate(pairs):
         _same_gradient(f"parameter {i}", a, b, rtol, atol)
+
+
+def labelled(name: str) -> Callable[[str], str]:
+    """Return what puts ``name`` before the message of ``torch.testing.assert_close``."""
+    return lambda message: f"{name}: {message}"
 
 
 def _copies(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
@@ -94,4 +99,4 @@ def _same_gradient(name: str, ours: Tensor, oracle: Tensor, rtol: float, atol: f
             raise AssertionError(f"gradient of {name}: the oracle has none, ours is not zero")
         return
     got = ours.grad if ours.grad is not None else torch.zeros_like(ours)
-    torch.testing.assert_close(got, oracle.grad, rtol=rtol, atol=atol, msg=lambda m: f"gradient of {name}: {m}")
+    torch.testing.assert_close(got, oracle.grad, rtol=rtol, atol=atol, msg=labelled(f"gradient of {name}"))
