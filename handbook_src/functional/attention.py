@@ -200,7 +200,7 @@ def multiplicative_attention(
         ShapeError: shapes that don't fit.
 
     Source:
-        Luong et al. 2015, eqs. 7 and 8, arXiv:1508.04025
+        Luong et al. 2015, section 3.1, arXiv:1508.04025
     """
     _check_numbers(None, dropout)
     _check_luong(query, key, score, weight, vector)

@@ -131,11 +131,7 @@ class Mask:
 
     def flex(self, *, offset: int = 0) -> MaskMod:
         """Return ``mask_mod`` for FlexAttention, with the first query at position ``offset``."""
-
-        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return self.allows(b, h, q_idx + offset, kv_idx)
-
-        return mask_mod
+        return lambda b, h, q_idx, kv_idx: self.allows(b, h, q_idx + offset, kv_idx)
 
     def block_mask(
         self, t: int, s: int | None = None, *, offset: int | None = None, device: torch.device | str = "cpu"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -22,6 +22,7 @@ from handbook_src.functional.attention import (
 from handbook_src.functional.mask import Mask, full
 
 
+@runtime_checkable
 class KeyValueCache(Protocol):
     """What a cache must do: append the new keys and values, return all of them (``b s h e``)."""
 
@@ -341,14 +342,14 @@ class LuongAttention(nn.Module):
         ``b t key_dim`` and the weights ``b t s``.
 
     Typical values:
-        query_dim = key_dim = 1000 in the paper, which found ``general`` best.
+        query_dim = key_dim = 1000 in the paper, where ``dot`` did best over the whole source.
 
     Raises:
         ConfigError: a size that is not positive, an unknown score, ``dot`` between
             unequal widths.
 
     Source:
-        Luong et al. 2015, eqs. 7 and 8, arXiv:1508.04025
+        Luong et al. 2015, section 3.1, arXiv:1508.04025
     """
 
     def __init__(
