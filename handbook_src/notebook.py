@@ -88,7 +88,7 @@ def _figures_for_the_book() -> None:
 
 
 def glue(name: str, value: Any, show: bool = False) -> None:
-    """Store ``value`` under ``name`` for quotation in prose (``{glue:text}`name` ``)."""
+    """Store ``value`` under ``name`` for quotation in prose by the role ``glue:text``."""
     from IPython.core.getipython import get_ipython
     from IPython.display import display
 

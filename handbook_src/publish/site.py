@@ -1,0 +1,111 @@
+"""Render the staged, executed book into the site; no cell is executed here.
+
+The press stages text pages and executed notebooks and calls :func:`build`. The
+address of the repository stands in ``_config.yml`` (``repository.url``) and
+nowhere else; :func:`repository` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import yaml
+
+from handbook_src.errors import ConfigError
+from handbook_src.publish.book import Book, write
+from handbook_src.publish.chapters import names
+from handbook_src.publish.locate import locate
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "_config.yml"
+BOOK = Book(ROOT)
+
+
+class SiteError(RuntimeError):
+    """The site did not build; the message holds Sphinx's warnings at their source lines."""
+
+
+def repository(config: Path = CONFIG) -> str:
+    """The repository's address, from the one place where it stands."""
+    return str(yaml.safe_load(config.read_text("utf8"))["repository"]["url"]).rstrip("/")
+
+
+def site_url() -> str:
+    """Where the published site lives, as GitHub Pages derives it from the repository."""
+    owner, name = urlsplit(repository()).path.strip("/").split("/")[:2]
+    return f"https://{owner}.github.io/{name}"
+
+
+def complete_stage(stage: Path) -> None:
+    """Bring what the press has not staged: text pages, static files, quoted sources."""
+    for name in names(BOOK):
+        source = ROOT / f"{name}.md"
+        if source.exists() and not (stage / f"{name}.ipynb").exists():
+            write(stage / f"{name}.md", source.read_bytes())
+    extra = [p for p in (ROOT / "book" / "_static").rglob("*") if p.is_file()]
+    extra += [p for p in (ROOT / "handbook_src").rglob("*.py") if "__pycache__" not in p.parts]
+    extra += [*(ROOT / "book").rglob("*.bib"), *(ROOT / "kernels").rglob("*.py")]
+    for path in extra:
+        write(stage / path.relative_to(ROOT), path.read_bytes())
+
+
+def command(stage: Path, base: Path, strict: bool) -> list[str]:
+    """Jupyter Book's call; its ``python -m`` entry exits 0 and does nothing, hence ``-c``."""
+    call = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(stage)]
+    call += ["--config", str(CONFIG), "--toc", str(BOOK.toc), "--path-output", str(base), "-q"]
+    return call + (["-W", "-n", "--keep-going"] if strict else [])
+
+
+def complaints(run: subprocess.CompletedProcess[str]) -> str:
+    """Sphinx's warnings at their source lines; after a crash the end of its output."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", run.stdout)
+    lines = [line for line in text.splitlines() if line.strip("= \t")]
+    shown = [locate(x, BOOK) for x in lines if re.search(r"WARNING|ERROR|CRITICAL", x)]
+    if "Traceback" in text or not shown:
+        shown += lines[-40:]
+    return "\n".join(dict.fromkeys(shown))
+
+
+def build(stage: Path, out: Path, *, strict: bool = True) -> Path:
+    """Render the pages under ``stage`` into ``out/html`` and return its front page.
+
+    Args:
+        stage: executed notebooks and text pages, laid out as in the repository.
+        out: the build folder, whose name is ``_build`` as Jupyter Book wants it.
+        strict: warnings are errors.
+
+    Raises:
+        SiteError: Sphinx warned or failed; the message holds its warnings.
+    """
+    from handbook_src.publish import colab
+
+    stage, out = stage.resolve(), out.resolve()
+    if out.name != "_build":
+        raise ConfigError(
+            "build folder", got=str(out), want="a folder named _build", remedy="Pass its parent / _build."
+        )
+    complete_stage(stage)
+    env = dict(os.environ, PYTHONSAFEPATH="1")  # keeps ./kernels off sys.path
+    run = subprocess.run(
+        command(stage, out.parent, strict),
+        cwd=stage,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    labels = out / ".doctrees" / "handbook-labels.json"
+    if run.returncode or not labels.exists():
+        # Sphinx warns only about pages that it reads: the next run must read all again.
+        shutil.rmtree(out / ".doctrees", ignore_errors=True)
+        raise SiteError(complaints(run))
+    colab.write_all(stage, out / "html", json.loads(labels.read_text("utf8")), names(BOOK))
+    return out / "html" / "index.html"
