@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from handbook_src.catalogue.ledger import find_stage, ledger
+from handbook_src.catalogue.ledger import find_stage, judged, ledger, staged
 from handbook_src.catalogue.table import STATUSES, Component, components, fold
 from handbook_src.errors import ConfigError, HandbookError
 
@@ -61,6 +61,18 @@ def listing(rows: Sequence[Component]) -> str:
     count = Counter(c.status for c in rows)
     lines += [f"{count['published']} published (*), {count['planned']} planned, {len(rows)} in all"]
     return "\n".join(lines)
+
+
+def warn_of_missing_runs() -> None:
+    """Say on stderr which verdicts are missing for want of a run."""
+    stage = find_stage()
+    if stage is None:
+        print("No built book here, so all claims read open. Build it: python3 -m handbook_src book", file=sys.stderr)
+        return
+    for notebook, why in judged(staged(stage)):
+        if why:
+            page = notebook.relative_to(stage).with_suffix("")
+            print(f"{page}: {why}, so its claims read open: python3 -m handbook_src book", file=sys.stderr)
 
 
 def print_claims(as_json: bool) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from handbook_src.catalogue.docstring import Facts, followed, plain
-from handbook_src.catalogue.ledger import Entry, find_root, ledger
+from handbook_src.catalogue.ledger import Entry, current, find_root, find_stage, ledger, staged
 from handbook_src.catalogue.notes import NOTES, Note
-from handbook_src.catalogue.table import Component, component, fold
+from handbook_src.catalogue.table import Component, claims, component, fold
 
 INDENT = 10
 
@@ -34,7 +34,7 @@ def card(name: str) -> str:
     lines += _field("oracle", [row.oracle])
     lines += _field("source", row.source.split("; "))
     lines += _field("also", ["; ".join(row.synonyms)])
-    for entry in (e for e in ledger() if e.component == row.id):
+    for entry in _entries(row):
         lines += _field("claim", _claim(entry))
     if row.status == "planned":
         lines += ["", *_wrap(_planned(note), "")]
@@ -96,6 +96,15 @@ def _page(row: Component) -> list[str]:
         shown = Path("_build", "html", f"{row.chapter}.html#{row.id}").as_posix()
         lines.append(shown if built.exists() else f"{shown} (not built yet: python3 -m handbook_src book)")
     return lines
+
+
+def _entries(row: Component) -> list[Entry]:
+    """The component's claims; only its own chapter's notebook is looked at."""
+    if not any(c.component == row.id for c in claims()):
+        return []
+    stage = find_stage()
+    own = [p for p in staged(stage) if p == stage / f"{row.chapter}.ipynb"] if stage else []
+    return [e for e in ledger(stage, current(own)) if e.component == row.id]
 
 
 def _claim(entry: Entry) -> list[str]:

@@ -84,20 +84,18 @@ def ledger(stage: Path | None = None, notebooks: Iterable[Path] | None = None) -
     Args:
         stage: the folder that holds ``book/**/*.ipynb``; None is ``_build/stage``
             of the repository, of which stale notebooks are left out.
-        notebooks: count these files only; paths below ``stage``.
+        notebooks: count these files below ``stage`` only.
 
     Raises:
         DataError: two cells settle one claim, or a record names no claim.
     """
     if stage is None:
         stage = find_stage()
-        notebooks = current(stage) if stage is not None else []
-    assert stage is not None or not notebooks
+        notebooks = current(staged(stage)) if stage else []
     known = {c.id: c for c in claims()}
     settled: dict[str, Entry] = {}
-    chosen = sorted(stage.glob("book/**/*.ipynb")) if notebooks is None and stage else list(notebooks or [])
-    for notebook in chosen:
-        chapter = notebook.relative_to(stage).with_suffix("").as_posix() if stage else notebook.stem
+    for notebook in staged(stage) if notebooks is None and stage else notebooks or ():
+        chapter = notebook.relative_to(stage or notebook.parent).with_suffix("").as_posix()
         for record in records(notebook):
             entry = _settle(known, record, chapter)
             if entry.id in settled:
@@ -130,6 +128,27 @@ def _settle(known: dict[str, Claim], record: dict[str, Any], chapter: str) -> En
     )
 
 
-def current(stage: Path) -> list[Path]:
-    """The notebooks under ``stage`` whose text, sources and pins are those of today."""
+def staged(stage: Path) -> list[Path]:
+    """The executed notebooks under ``stage``."""
     return sorted(stage.glob("book/**/*.ipynb"))
+
+
+def current(notebooks: Iterable[Path]) -> list[Path]:
+    """Those that settle claims and whose code, sources and pins are still today's."""
+    return [path for path, why in judged(notebooks) if not why]
+
+
+def judged(notebooks: Iterable[Path]) -> list[tuple[Path, str]]:
+    """Those that settle claims, each with the reason why its verdicts don't count, if there is one."""
+    found = []
+    for path in notebooks:
+        if next(records(path), None) is None:
+            continue
+        try:  # the press needs what the book's environment installs
+            from handbook_src.publish.chapters import is_current
+
+            why = "" if is_current(path) else "its code, a source or a pin changed since it ran"
+        except ImportError as error:
+            why = f"whether it is current can't be checked here ({error})"
+        found.append((path, why))
+    return found

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from handbook_src.catalogue import claims
-from handbook_src.catalogue.ledger import CLAIM_TYPE, find_root, find_stage, ledger
+from handbook_src.catalogue import ledger as ledger_module
+from handbook_src.catalogue.ledger import CLAIM_TYPE, current, find_root, find_stage, judged, ledger, staged
 from handbook_src.errors import DataError
 from handbook_src.notebook import CLAIM_TYPE as WRITTEN_TYPE
 from handbook_src.testing.refusal import refuses
@@ -22,9 +24,16 @@ def stage_with(folder: Path, **pages: list[dict[str, Any]]) -> Path:
         path = folder / "book" / "part" / f"{page}.ipynb"
         path.parent.mkdir(parents=True, exist_ok=True)
         outputs = [{"output_type": "display_data", "data": {CLAIM_TYPE: r, "text/plain": ""}} for r in found]
-        cells: list[dict[str, Any]] = [{"cell_type": "markdown", "source": "text"}]
-        cells.append({"cell_type": "code", "outputs": [{"output_type": "stream", "text": "x"}, *outputs]})
-        path.write_text(json.dumps({"cells": cells, "metadata": {}}))
+        cells: list[dict[str, Any]] = [{"cell_type": "markdown", "metadata": {}, "source": "text"}]
+        cells.append(
+            {
+                "cell_type": "code",
+                "metadata": {},
+                "source": "",
+                "outputs": [{"output_type": "stream", "text": "x"}, *outputs],
+            }
+        )
+        path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     return folder
 
 
@@ -71,6 +80,29 @@ def test_a_torn_notebook_is_refused(tmp_path: Path, text: str) -> None:
     (stage / "book" / "part" / "norm.ipynb").write_text(text)
     with refuses(DataError, "norm.ipynb", "an executed notebook"):
         ledger(stage)
+
+
+def test_a_stale_notebook_settles_nothing(tmp_path: Path) -> None:
+    stage = stage_with(tmp_path / "_build" / "stage", norm=[HOLDS], silent=[])
+    [(path, why)] = judged(staged(stage))
+    assert path.stem == "norm"
+    assert "changed since it ran" in why  # no chapter of that name, so no key that could match
+    assert current(staged(stage)) == []
+
+
+def test_without_the_press_a_verdict_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "handbook_src.publish.chapters", None)
+    [(_, why)] = judged(staged(stage_with(tmp_path, norm=[HOLDS])))
+    assert "can't be checked here" in why
+
+
+def test_a_current_notebook_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stage_with(tmp_path, norm=[HOLDS])
+    monkeypatch.setattr("handbook_src.publish.chapters.is_current", lambda path: True)
+    monkeypatch.setattr(ledger_module, "find_stage", lambda: stage)
+    assert {e.id: e.verdict for e in ledger()}["rms-norm-1"] == "holds"
+    monkeypatch.setattr("handbook_src.publish.chapters.is_current", lambda path: False)
+    assert {e.verdict for e in ledger()} == {"open"}
 
 
 def test_the_stage_is_found_from_inside_the_repository(tmp_path: Path) -> None:
