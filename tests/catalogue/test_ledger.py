@@ -33,7 +33,7 @@ def stage_with(folder: Path, **pages: list[dict[str, Any]]) -> Path:
                 "outputs": [{"output_type": "stream", "text": "x"}, *outputs],
             }
         )
-        path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+        path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}))
     return folder
 
 
