@@ -44,3 +44,14 @@ def seeded() -> Iterator[None]:
 def generator() -> torch.Generator:
     """A seeded stream of its own, for tests that draw their inputs from one."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Switch the shape checker off: dynamo can't trace it."""
+    import jaxtyping
+
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -58,9 +58,9 @@ def dropout_add_layer_norm(
     _check_both(op, x, residual, weight, bias, eps, dropout)
     runs = resolve(op, backend, candidates(backend, x, residual, weight, bias, mixed=not x.is_cuda, triton=True))
     if runs == "triton":
-        from handbook_src.kernels.norm import dropout_add_layer_norm_triton
+        from handbook_src.kernels.norm import dropout_add_norm_triton
 
-        return dropout_add_layer_norm_triton(x, residual, weight, bias, eps, dropout if training else 0.0)
+        return dropout_add_norm_triton(x, residual, weight, bias, eps, dropout=dropout if training else 0.0)
     total = residual + F.dropout(x, dropout, training)
     return layer_norm(total, total.shape[-1:], weight, bias, eps, backend=_unfused(runs)), total
 
@@ -103,9 +103,10 @@ def dropout_add_rms_norm(
     _check_both(op, x, residual, weight, None, eps, dropout)
     runs = resolve(op, backend, candidates(backend, x, residual, weight, mixed=False, triton=True))
     if runs == "triton":
-        from handbook_src.kernels.norm import dropout_add_rms_norm_triton
+        from handbook_src.kernels.norm import dropout_add_norm_triton
 
-        return dropout_add_rms_norm_triton(x, residual, weight, eps, dropout if training else 0.0)
+        p = dropout if training else 0.0
+        return dropout_add_norm_triton(x, residual, weight, None, eps, dropout=p, centre=False)
     total = residual + F.dropout(x, dropout, training)
     return rms_norm(total, weight, eps, backend=_unfused(runs)), total
 

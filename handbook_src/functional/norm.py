@@ -38,7 +38,7 @@ from handbook_src.functional.norm_input import (
 )
 
 
-def standardise(x: Float[Tensor, "*shape"], axes: Sequence[int], eps: float) -> Float[Tensor, "*shape"]:
+def standardise(x: Float[Tensor, "*shape"], axes: tuple[int, ...], eps: float) -> Float[Tensor, "*shape"]:
     r"""Subtract the mean over ``axes`` and divide by the standard deviation.
 
     .. math:: \hat x = \frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}}
@@ -195,7 +195,7 @@ def batch_norm(
     parameters = (weight, bias, running_mean, running_var)
     if resolve("batch_norm", backend, candidates(backend, x, *parameters, mixed=True)) == "torch":
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    wide, axes = at_least_float32(x), [0, *range(2, x.ndim)]
+    wide, axes = at_least_float32(x), (0, *range(2, x.ndim))
     if training:
         _track(running_mean, running_var, wide, axes, momentum)
         x_hat = standardise(wide, axes, eps)
@@ -302,7 +302,7 @@ def group_norm(
     if resolve("group_norm", backend, able) == "torch":
         return F.group_norm(x, num_groups, weight, bias, eps)
     grouped = rearrange(at_least_float32(x), "b (groups c) ... -> b groups (c ...)", groups=num_groups)
-    x_hat = standardise(grouped, [-1], eps).reshape(x.shape)
+    x_hat = standardise(grouped, (-1,), eps).reshape(x.shape)
     return _affine(x_hat, _per_channel(weight, x), _per_channel(bias, x)).to(x.dtype)
 
 
@@ -329,12 +329,12 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.flatten()
 
 
-def _track(mean: Tensor | None, var: Tensor | None, x: Tensor, axes: Sequence[int], momentum: float) -> None:
+def _track(mean: Tensor | None, var: Tensor | None, x: Tensor, axes: tuple[int, ...], momentum: float) -> None:
     """Move the running statistics towards those of ``x``, averaged over the samples."""
     if mean is None or var is None:
         return
     with torch.no_grad():
-        batch_var, batch_mean = torch.var_mean(x, list(axes), correction=1, keepdim=True)
+        batch_var, batch_mean = torch.var_mean(x, axes, correction=1, keepdim=True)
         for running, batch in ((mean, batch_mean), (var, batch_var)):
             running.lerp_(batch.mean(0).flatten().to(running.dtype), momentum)
 

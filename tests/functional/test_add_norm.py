@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from handbook_src.dispatch import has_triton
 from handbook_src.errors import ConfigError, KernelUnavailable, ShapeError
 from handbook_src.functional.add_norm import dropout_add_layer_norm, dropout_add_rms_norm
 from handbook_src.testing import assert_parity, refuses
@@ -110,3 +115,45 @@ def test_refuses_by_value(fused, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with refuses(KernelUnavailable, "CUDA"):
         fused(x.float(), x.float(), backend="triton")
+
+
+INTERPRETED = """
+import torch
+from handbook_src.functional.add_norm import dropout_add_layer_norm, dropout_add_rms_norm
+from handbook_src.functional.norm import layer_norm, rms_norm
+
+torch.manual_seed(0)
+calls = {
+    "layer": lambda x, r, w, b, k: layer_norm(x, x.shape[-1:], w, b, 1e-3, backend=k),
+    "layer, two axes": lambda x, r, w, b, k: layer_norm(x[:, :1], (1, 37), w[None], b[None], 1e-3, backend=k),
+    "rms": lambda x, r, w, b, k: rms_norm(x, w, None, backend=k),
+    "add layer": lambda x, r, w, b, k: sum(dropout_add_layer_norm(x, r, w, b, 1e-3, dropout=0.5, backend=k)),
+    "add rms": lambda x, r, w, b, k: sum(dropout_add_rms_norm(x, r, w, 1e-3, dropout=0.5, backend=k)),
+}
+for name, call in calls.items():
+    inputs = [torch.randn(2, 3, 37), torch.randn(2, 3, 37), torch.randn(37), torch.randn(37)]
+    results = []
+    for backend in ("reference", "triton"):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        y = call(*leaves, backend)
+        (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
+        results.append([y, *[t.grad for t in leaves if t.grad is not None]])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}")
+print("equal")
+"""
+
+
+@pytest.mark.registration("layer-norm", "rms-norm")
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_the_kernel_behind_each_name_in_the_interpreter():
+    """In its own process: the interpreter is chosen before the kernels are imported."""
+    run = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.stdout == "equal\n", run.stderr[-2000:]

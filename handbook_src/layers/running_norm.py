@@ -1,0 +1,247 @@
+"""Norms that can remember: batch norm and instance norm, with running statistics.
+
+Imported from :mod:`handbook_src.layers.norm`, where all norms stand together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from handbook_src.dispatch import Backend
+from handbook_src.errors import ConfigError
+from handbook_src.functional import norm as maths
+from handbook_src.functional.norm_input import check_eps, check_momentum, check_rank
+
+
+class _RunningNorm(nn.Module):
+    """Parameters and buffers per channel; abstract."""
+
+    _version = 2  # torch's number for "has num_batches_tracked": state dicts go both ways
+    ranks: ClassVar[tuple[int, ...]]
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        device: Any,
+        dtype: torch.dtype | None,
+        bias: bool,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_eps(name, eps)
+        check_momentum(name, momentum)
+        if num_features < 1:
+            raise ConfigError(
+                f"{name} num_features", got=num_features, want="at least 1", remedy="It is the input's axis 1."
+            )
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.affine, self.track_running_stats, self.backend = affine, track_running_stats, backend
+        ones = torch.ones(num_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(ones.clone()) if affine else None
+        self.bias = nn.Parameter(torch.zeros_like(ones)) if affine and bias else None
+        self.register_buffer("running_mean", torch.zeros_like(ones) if track_running_stats else None)
+        self.register_buffer("running_var", ones.clone() if track_running_stats else None)
+        batches = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", batches)
+
+    def reset_running_stats(self) -> None:
+        """Forget every batch seen: mean 0, variance 1, count 0."""
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Set gains to one, biases to zero, and forget every batch seen."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
+
+
+class _BatchNorm(_RunningNorm):
+    r"""Standardise each channel over the batch: see :func:`handbook_src.functional.norm.batch_norm`.
+
+    In training it uses the batch's statistics and moves the running ones towards them;
+    in evaluation the running ones make it a fixed affine map. Without running
+    statistics it uses the batch's in evaluation too.
+
+    Args:
+        num_features: channels, the input's axis 1.
+        eps: added to the variance.
+        momentum: the share of the new batch in the running statistics (0.1 here is 0.9 in
+            Keras); ``None`` averages all batches alike.
+        affine: learn a gain (and a bias) per channel.
+        track_running_stats: keep running statistics for evaluation.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        bias: with ``affine``, learn a bias too.
+        backend: who runs it.
+
+    Shape:
+        1d ``(b, channels)`` or ``(b, channels, length)``, 2d ``(b, channels, height, width)``,
+        3d ``(b, channels, depth, height, width)``; to the same.
+
+    Typical values:
+        ``eps=1e-5``, ``momentum=0.1``; at least 16 samples a batch (see claim ``batch-norm-2``).
+
+    Raises:
+        ConfigError: ``eps`` not positive, ``momentum`` outside [0, 1], no features.
+        ShapeError: wrong rank, channel count or dtype, or training on one value per channel.
+
+    Source:
+        Ioffe & Szegedy 2015, algorithms 1 and 2, arXiv:1502.03167
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_rank(type(self).__name__, x, self.ranks, self.num_features)
+        own = self.training or self.running_mean is None
+        tracked = self.track_running_stats or not own
+        mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+        y = maths.batch_norm(x, mean, var, self.weight, self.bias, own, self._share(), self.eps, backend=self.backend)
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return y
+
+    def _share(self) -> float:
+        """Return this batch's weight in the running statistics."""
+        if self.momentum is not None:
+            return self.momentum
+        tracked = self.training and self.num_batches_tracked is not None
+        return 1.0 / float(self.num_batches_tracked + 1) if tracked else 0.0
+
+
+@final
+class BatchNorm1d(_BatchNorm):
+    __doc__ = _BatchNorm.__doc__
+    ranks = (2, 3)
+
+
+@final
+class BatchNorm2d(_BatchNorm):
+    __doc__ = _BatchNorm.__doc__
+    ranks = (4,)
+
+
+@final
+class BatchNorm3d(_BatchNorm):
+    __doc__ = _BatchNorm.__doc__
+    ranks = (5,)
+
+
+class _InstanceNorm(_RunningNorm):
+    r"""Standardise each channel of each sample: see :func:`handbook_src.functional.norm.instance_norm`.
+
+    Training and evaluation are the same function, unless running statistics are tracked:
+    then evaluation uses those. An input without batch axis is one sample.
+
+    Args:
+        num_features: channels of the input.
+        eps: added to the variance.
+        momentum: the share of the new batch in the running statistics.
+        affine: learn a gain (and a bias) per channel.
+        track_running_stats: keep running statistics, and use them in evaluation.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        bias: with ``affine``, learn a bias too.
+        backend: who runs it.
+
+    Shape:
+        1d ``(b, channels, length)``, 2d ``(b, channels, height, width)``, 3d one axis more; ``b`` may be
+        left out; to the same.
+
+    Typical values:
+        ``eps=1e-5``, ``affine=False`` (torch's default; style transfer).
+
+    Raises:
+        ConfigError: ``eps`` not positive, ``momentum`` outside [0, 1], no features.
+        ShapeError: wrong rank, channel count or dtype, or a single spatial position.
+
+    Source:
+        Ulyanov, Vedaldi & Lempitsky 2016, eq. 4, arXiv:1607.08022
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        alone = x.ndim == self.ranks[0]
+        check_rank(type(self).__name__, x, self.ranks, self.num_features, axis=0 if alone else 1)
+        own = self.training or not self.track_running_stats
+        share = 0.0 if self.momentum is None else self.momentum
+        y = maths.instance_norm(
+            x[None] if alone else x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            own,
+            share,
+            self.eps,
+            backend=self.backend,
+        )
+        return y[0] if alone else y
+
+
+@final
+class InstanceNorm1d(_InstanceNorm):
+    __doc__ = _InstanceNorm.__doc__
+    ranks = (2, 3)
+
+
+@final
+class InstanceNorm2d(_InstanceNorm):
+    __doc__ = _InstanceNorm.__doc__
+    ranks = (3, 4)
+
+
+@final
+class InstanceNorm3d(_InstanceNorm):
+    __doc__ = _InstanceNorm.__doc__
+    ranks = (4, 5)
