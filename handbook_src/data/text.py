@@ -268,7 +268,7 @@ def _unigram(train: Tensor, held_out: Tensor, vocab_size: int) -> Tensor:
                 remedy="Pass the tokenizer's own vocab_size.",
             )
     count = torch.bincount(train, minlength=vocab_size).double()
-    distinct = (count > 0).sum()
+    distinct = float((count > 0).sum())
     return (count + distinct / vocab_size) / (len(train) + distinct)
 
 

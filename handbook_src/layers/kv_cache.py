@@ -279,7 +279,8 @@ class SinkCache(KVCache):
         t = k.shape[1]
         if self._kv is not None:
             k, v = torch.cat([self._kv[0], k], 1), torch.cat([self._kv[1], v], 1)
-        k, v = self._evict(k, self.window + t - 1), self._evict(v, self.window + t - 1)
+        last = self.window + max(t, 1) - 1
+        k, v = self._evict(k, last), self._evict(v, last)
         self._kv = (self._evict(k, self.window), self._evict(v, self.window))
         return k, v
 

@@ -42,7 +42,7 @@ def load(name: str) -> ModuleType:
         try:
             module = importlib.import_module(name)
             if name.partition(".")[0] == "transformers":
-                _load_parts(module)
+                _load_parts(sys.modules["transformers"])
         except ModuleNotFoundError as e:
             e.add_note("Oracles are an extra: pip install 'handbook-src[reference]'")
             raise

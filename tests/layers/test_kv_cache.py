@@ -1,0 +1,287 @@
+"""The caches: what each gives back, what it holds, what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.attention import scaled_dot_product_attention
+from handbook_src.functional.mask import causal, sinks, window
+from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.kv_cache import AppendCache, KVCache, QuantizedCache, SinkCache, StaticCache
+from handbook_src.layers.paged_kv_cache import PagedCache, PagePool
+from handbook_src.testing import refuses
+
+EXACT: dict[str, Callable[[], KVCache]] = {
+    "append": AppendCache,
+    "static": lambda: StaticCache(13),
+    "paged, page 1": lambda: PagedCache(PagePool(40, 1)),
+    "paged, page 4": lambda: PagedCache(PagePool(12, 4)),
+    "paged, page 16": lambda: PagedCache(PagePool(3, 16)),
+    "streaming, never full": lambda: SinkCache(2, 11),
+}
+ALL = EXACT | {
+    "int8": QuantizedCache,
+    "fp8": lambda: QuantizedCache(torch.float8_e4m3fn),
+    "streaming": lambda: SinkCache(2, 3),
+}
+
+
+def kv(b: int = 3, t: int = 13, h: int = 2, e: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(t)
+    return torch.randn(b, t, h, e, generator=g).to(dtype), torch.randn(b, t, h, e, generator=g).to(dtype)
+
+
+@pytest.mark.parity("kv-cache")
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("chunks", [[13], [1] * 13, [5, 1, 7]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gives_back_every_token_to_the_bit(kind: str, chunks: list[int], dtype: torch.dtype) -> None:
+    k, v = kv(dtype=dtype)
+    cache, at = EXACT[kind](), 0
+    for part_k, part_v in zip(k.split(chunks, 1), v.split(chunks, 1), strict=True):
+        at += part_k.shape[1]
+        got_k, got_v = cache.update(part_k, part_v)
+        assert torch.equal(got_k, k[:, :at])
+        assert torch.equal(got_v, v[:, :at])
+        assert (cache.length, cache.seen) == (at, at)
+
+
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize("kind", ALL)
+def test_reset_forgets_and_serves_another_batch(kind: str) -> None:
+    cache = ALL[kind]()
+    cache.update(*kv(3, 6))
+    cache.reset()
+    assert (cache.length, cache.seen) == (0, 0)
+    k, v = kv(1, 4, 2, 5)
+    fresh = ALL[kind]()
+    assert all(torch.equal(a, b) for a, b in zip(cache.update(k, v), fresh.update(k, v), strict=True))
+
+
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize("kind", ["static", "paged, page 4"])
+def test_unwritten_storage_never_leaks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, shape: empty(self, shape).fill_(float("nan")))
+    cache = EXACT[kind]()
+    for part in zip(*(x.split(3, 1) for x in kv()), strict=True):
+        assert all(x.isfinite().all() for x in cache.update(*part))
+
+
+@pytest.mark.parity("kv-cache")
+@pytest.mark.parametrize("kind", EXACT)
+def test_attention_with_a_cache_equals_attention_without(kind: str) -> None:
+    layer = MultiHeadAttention(10, 2).double()
+    x = torch.randn(3, 13, 10, dtype=torch.float64)
+    cache = EXACT[kind]()
+    with torch.no_grad():
+        got = torch.cat([layer(part, causal=True, cache=cache) for part in x.split([4, 1, 1, 7], 1)], 1)
+        torch.testing.assert_close(got, layer(x, causal=True), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parity("kv-cache")
+@pytest.mark.parametrize(("n_sinks", "n_window"), [(0, 1), (0, 4), (2, 3), (4, 1), (20, 3)])
+def test_streaming_equals_its_mask(n_sinks: int, n_window: int) -> None:
+    layer = MultiHeadAttention(10, 2).double()
+    x = torch.randn(2, 13, 10, dtype=torch.float64)
+    cache = SinkCache(n_sinks, n_window)
+    rule = causal & (window(n_window) | sinks(n_sinks)) if n_sinks else causal & window(n_window)
+    with torch.no_grad():
+        got = torch.cat([layer(part, causal=True, cache=cache) for part in x.split(1, 1)], 1)
+        torch.testing.assert_close(got, layer(x, mask=rule), rtol=1e-10, atol=1e-12)
+    assert cache.length == min(13, n_sinks + n_window)
+    assert cache.seen == 13
+
+
+@pytest.mark.law("kv-cache")
+def test_streaming_keeps_the_first_and_the_last_whatever_the_chunks() -> None:
+    k, v = kv()
+    for chunks in ([13], [1] * 13, [5, 8], [2, 11]):
+        cache = SinkCache(2, 3)
+        for part in zip(k.split(chunks, 1), v.split(chunks, 1), strict=True):
+            cache.update(*part)
+        kept, _ = cache.update(k[:, :0], v[:, :0])
+        want = torch.cat([k[:, :2], k[:, -3:]], 1)
+        assert torch.equal(kept, want)
+
+
+@pytest.mark.law("kv-cache")
+def test_bytes_are_those_of_the_formula() -> None:
+    one = 2 * 3 * 2 * 5  # keys and values, batch 3, 2 heads, 5 features
+    append, static, int8, fp8 = AppendCache(), StaticCache(13), QuantizedCache(), QuantizedCache(torch.float8_e4m3fn)
+    stream, pool = SinkCache(2, 3), PagePool(12, 4)
+    paged = PagedCache(pool)
+    for s in range(1, 14):
+        k, v = kv(3, 1, dtype=torch.float32)
+        for cache in (append, static, int8, fp8, stream, paged):
+            cache.update(k, v)
+        assert append.bytes == s * one * 4
+        assert static.bytes == 13 * one * 4
+        assert int8.bytes == fp8.bytes == s * (one + 2 * 3 * 2 * 4)  # a float32 scale a vector
+        assert stream.bytes == min(s, 5) * one * 4
+        assert paged.bytes == -(-s // 4) * 4 * one * 4
+    paged.reset()
+    assert (paged.bytes, pool.free) == (0, 12)
+
+
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.int8, 127.0), (torch.float8_e4m3fn, 448.0)])
+def test_rounding_error_is_bounded_and_happens_once(dtype: torch.dtype, steps: float) -> None:
+    k, v = kv(2, 40, 3, 16, torch.float32)
+    k[0, 0, 0] = 0.0
+    k[0, 1, 0, 0] = 1e4  # an outlier costs its own vector only
+    whole, stepwise = QuantizedCache(dtype), QuantizedCache(dtype)
+    got_k, got_v = whole.update(k, v)
+    for part in zip(k.split(1, 1), v.split(1, 1), strict=True):
+        again_k, again_v = stepwise.update(*part)
+    assert torch.equal(got_k, again_k)
+    assert torch.equal(got_v, again_v)
+    for x, y in ((k, got_k), (v, got_v)):
+        scale = x.abs().amax(-1, keepdim=True) / steps
+        bound = scale / 2 if dtype == torch.int8 else torch.maximum(x.abs() / 16, scale / 1024)
+        assert ((x - y).abs() <= bound * (1 + 1e-5)).all()
+    assert torch.equal(got_k[0, 0, 0], torch.zeros(16))
+
+
+@pytest.mark.law("kv-cache")
+def test_quantised_attention_stays_close() -> None:
+    k, v = kv(2, 64, 2, 32, torch.float32)
+    q = torch.randn(2, 64, 2, 32)
+    want = scaled_dot_product_attention(q, k, v, causal=True)
+    for dtype, bound in ((torch.int8, 0.01), (torch.float8_e4m3fn, 0.05)):
+        got = scaled_dot_product_attention(q, *QuantizedCache(dtype).update(k, v), causal=True)
+        assert (got - want).norm() / want.norm() < bound
+
+
+@pytest.mark.law("kv-cache")
+def test_pages_interleave_and_come_back() -> None:
+    pool = PagePool(8, 2)
+    a, b = PagedCache(pool), PagedCache(pool)
+    k, v = kv(1, 8)
+    for i in range(8):
+        got_a = a.update(k[:, i : i + 1], v[:, i : i + 1])
+        if i < 6:
+            got_b = b.update(v[:, i : i + 1], k[:, i : i + 1])
+    assert torch.equal(got_a[0], k)
+    assert torch.equal(got_b[0], v[:, :6])
+    assert not set(a.table[0]) & set(b.table[0])
+    assert pool.free == 1
+    b.reset()
+    assert pool.free == 4
+    assert torch.equal(a.update(k[:, :1], v[:, :1])[0][:, :8], k)
+
+
+@pytest.mark.law("kv-cache")
+def test_forks_share_a_prompt_until_they_write() -> None:
+    pool = PagePool(10, 4)
+    prompt = PagedCache(pool)
+    k, v = kv(2, 6)
+    prompt.update(k, v)
+    fork = prompt.fork()
+    assert pool.free == 6  # two rows of two pages, held once
+    new_k, new_v = kv(2, 3)
+    got, _ = fork.update(new_k, new_v)
+    assert torch.equal(got, torch.cat([k, new_k], 1))
+    assert [row[0] for row in fork.table] == [row[0] for row in prompt.table]
+    assert all(a[1] != b[1] for a, b in zip(fork.table, prompt.table, strict=True))
+    other, _ = prompt.update(new_v, new_k)
+    assert torch.equal(other, torch.cat([k, new_v], 1))
+    fork.reset()
+    prompt.reset()
+    assert pool.free == 10
+    assert pool.users == [0] * 10
+
+
+@pytest.mark.law("kv-cache")
+def test_fork_at_a_page_border_copies_nothing() -> None:
+    pool = PagePool(3, 4)
+    prompt = PagedCache(pool)
+    k, v = kv(1, 4)
+    prompt.update(k, v)
+    fork = prompt.fork()
+    assert torch.equal(fork.update(k[:, :2], v[:, :2])[0], torch.cat([k, k[:, :2]], 1))
+    assert torch.equal(prompt.update(v[:, :1], v[:, :1])[0], torch.cat([k, v[:, :1]], 1))
+    assert pool.free == 0
+
+
+@pytest.mark.registration("kv-cache")
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_goes_in_and_comes_out(kind: str, dtype: torch.dtype) -> None:
+    got = ALL[kind]().update(*kv(dtype=dtype))
+    assert [x.dtype for x in got] == [dtype, dtype]
+
+
+@pytest.mark.refusal("kv-cache")
+@pytest.mark.parametrize("kind", ALL)
+def test_refuses_another_batch_dtype_or_layout(kind: str) -> None:
+    cache = ALL[kind]()
+    cache.update(*kv(2, 3))
+    for wrong in (kv(1, 1), kv(2, 1, 3), kv(2, 1, 2, 4), kv(2, 1, dtype=torch.float32)):
+        with refuses(ShapeError, "reset()", wrong[0].shape[0], wrong[0].dtype, f"{tuple(wrong[0].shape[2:])}"[1:-1]):
+            cache.update(*wrong)
+    with refuses(ShapeError, "device", "meta"):
+        cache.update(*(x.to("meta") for x in kv(2, 1)))
+    assert cache.seen == 3
+
+
+@pytest.mark.refusal("kv-cache")
+def test_refuses_what_is_not_keys_and_values() -> None:
+    k, v = kv()
+    with refuses(ShapeError, "(3, 13, 2, 5)", "(3, 12, 2, 5)"):
+        AppendCache().update(k, v[:, 1:])
+    with refuses(ShapeError, "(13, 2, 5)", "b t h e"):
+        AppendCache().update(k[0], v[0])
+
+
+@pytest.mark.refusal("kv-cache")
+def test_a_full_cache_says_so_and_stays_whole() -> None:
+    k, v = kv()
+    static = StaticCache(10)
+    static.update(k[:, :9], v[:, :9])
+    with refuses(ShapeError, "2 tokens on top of 9", 10):
+        static.update(k[:, 9:11], v[:, 9:11])
+    assert torch.equal(static.update(k[:, 9:10], v[:, 9:10])[0], k[:, :10])
+    paged = PagedCache(PagePool(6, 2))  # batch 3: two pages, four tokens each
+    paged.update(k[:, :4], v[:, :4])
+    with refuses(ShapeError, "3 pages of 2", "0 free ones of 6"):
+        paged.update(k[:, 4:5], v[:, 4:5])
+    assert paged.length == 4
+
+
+@pytest.mark.refusal("kv-cache")
+@pytest.mark.parametrize("kind", [k for k in ALL if k != "append"])
+def test_refuses_gradients_it_would_lose(kind: str) -> None:
+    k, v = kv()
+    with refuses(ShapeError, "require grad", "no_grad"):
+        ALL[kind]().update(k.requires_grad_(), v)
+    with torch.no_grad():
+        ALL[kind]().update(k, v)
+
+
+@pytest.mark.refusal("kv-cache")
+def test_refuses_sizes_and_types_that_cannot_work() -> None:
+    with refuses(ConfigError, "capacity", 0):
+        StaticCache(0)
+    with refuses(ConfigError, "sinks", "(-1, 4)"):
+        SinkCache(-1, 4)
+    with refuses(ConfigError, "window", "(4, 0)"):
+        SinkCache(4, 0)
+    with refuses(ConfigError, "page_size", "(4, 0)"):
+        PagePool(4, 0)
+    with refuses(ConfigError, "torch.int16", "torch.int8"):
+        QuantizedCache(torch.int16)
+
+
+@pytest.mark.refusal("kv-cache")
+def test_one_pool_serves_one_kind_of_layer() -> None:
+    pool = PagePool(8, 2)
+    PagedCache(pool).update(*kv(1, 2))
+    with refuses(ShapeError, "(3, 5)", "(2, 5)"):
+        PagedCache(pool).update(*kv(1, 2, 3))
