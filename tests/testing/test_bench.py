@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import time
 from dataclasses import fields, replace
 
 import pytest
@@ -49,35 +48,60 @@ def test_a_check_that_returns_false_or_raises_is_red():
         bench({"one": X.exp}, check=red)
 
 
-def test_the_slower_one_is_slower_and_the_noise_is_there():
+class Clock:
+    """A clock that only work moves, so that a busy machine can't fail these tests."""
+
+    def __init__(self) -> None:
+        self.now, self.order = 0, []
+
+    def perf_counter_ns(self) -> int:
+        return self.now
+
+    def work(self, name, ms, noise=0.0):
+        def run():
+            self.order.append(name)
+            self.now += int(1e6 * (ms + noise * (len(self.order) % 3)))
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("handbook_src.testing.bench.time", clock)
+    return clock
+
+
+def test_the_slower_one_is_slower_and_the_noise_is_there(clock):
     rows = bench(
-        {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.004)},
+        {"short": clock.work("short", 2, noise=0.2), "long": clock.work("long", 4, noise=0.4)},
         check=lambda: True,
         op="nap",
         shape=(2, 3),
         dtype=torch.float32,
-        rounds=7,
+        rounds=9,
         bytes_moved=10**6,
     )
     short, long = rows
     assert (short.backend, long.backend) == ("short", "long")
-    assert (short.shape, short.dtype, short.baseline, short.rounds) == ("2x3", "float32", "short", 7)
-    assert 1.0 <= short.ms_low <= short.ms <= short.ms_high
-    assert long.ms_low >= 4.0
+    assert (short.shape, short.dtype, short.baseline, short.rounds) == ("2x3", "float32", "short", 9)
+    assert 2.0 <= short.ms_low < short.ms_high <= 2.4
+    assert 4.0 <= long.ms_low < long.ms_high <= 4.8
     assert short.ratio == short.ratio_low == short.ratio_high == 1.0
-    assert long.ratio_low <= long.ratio <= long.ratio_high < 1
+    assert 2.0 / 4.8 <= long.ratio_low < long.ratio < long.ratio_high <= 2.4 / 4.0
     assert long.verdict == "slower"
     assert short.gb_per_s == pytest.approx(1 / short.ms)
 
 
-def test_candidates_take_turns():
-    order = []
-    bench(
-        {"a": lambda: (order.append("a"), time.sleep(0.002)), "b": lambda: (order.append("b"), time.sleep(0.002))},
-        check=lambda: True,
-        rounds=5,
-    )
-    assert "".join(order[-10:]) == "abbaabbaab"
+def test_short_work_is_repeated_until_the_clock_can_see_it(clock):
+    row = bench({"tiny": clock.work("tiny", 0.01)}, check=lambda: True, rounds=5)[0]
+    assert len(clock.order) == 3 + 1 + 5 * 100  # warm-up, calibration, rounds of one millisecond
+    assert row.ms == pytest.approx(0.01)
+
+
+def test_candidates_take_turns(clock):
+    bench({"a": clock.work("a", 2), "b": clock.work("b", 2)}, check=lambda: True, rounds=5)
+    assert "".join(clock.order[-10:]) == "abbaabbaab"
 
 
 @pytest.mark.parametrize(
