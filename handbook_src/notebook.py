@@ -34,6 +34,7 @@ def setup(seed: int = 0, device: str = "cpu") -> torch.device:
     import matplotlib as mpl
     import numpy as np
     import torch
+    from cycler import cycler
 
     random.seed(seed)
     np.random.seed(seed)
@@ -41,7 +42,7 @@ def setup(seed: int = 0, device: str = "cpu") -> torch.device:
     torch.use_deterministic_algorithms(True, warn_only=True)
     mpl.rcParams.update(
         {
-            "axes.prop_cycle": mpl.cycler(color=COLOURS),
+            "axes.prop_cycle": cycler(color=COLOURS),
             "figure.figsize": (6.4, 3.2),
             "figure.dpi": 120,
             "figure.constrained_layout.use": True,
@@ -62,8 +63,9 @@ def _figures_for_the_book() -> None:
     from IPython.core.pylabtools import print_figure
     from matplotlib.figure import Figure
 
-    names = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color legend.labelcolor".split()
-    mpl.rcParams.update({k: INK for k in names})
+    names = ["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor"]
+    ink: dict[Any, Any] = dict.fromkeys(names, INK)
+    mpl.rcParams.update(ink)
     mpl.rcParams.update({"figure.facecolor": "none", "axes.facecolor": "none"})
     mpl.rcParams.update({"svg.hashsalt": "handbook", "svg.fonttype": "path"})
     style = (
@@ -79,7 +81,7 @@ def _figures_for_the_book() -> None:
         return head + style + sep + tail
 
     ip = get_ipython()
-    if ip is None:
+    if ip is None or ip.display_formatter is None:
         return
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -93,7 +95,7 @@ def glue(name: str, value: Any, show: bool = False) -> None:
     from IPython.display import display
 
     ip = get_ipython()
-    if ip is None:
+    if ip is None or ip.display_formatter is None:
         return
     mime, meta = ip.display_formatter.format(value)
     prefix = "" if show else GLUE_PREFIX
