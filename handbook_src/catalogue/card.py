@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ def card(name: str) -> str:
     said = followed(row.object) if row.object else []
     note = NOTES.get(row.id, Note())
     lines = [_heading(row), *_asked(row, name)]
-    lines += _field("what", [said[0].sentence if said else note.what])
+    lines += _field("what", [_without_pointer(said[0].sentence) if said else note.what])
     lines += _field("formula", _formulas(said) or note.formula, verbatim=True)
     lines += _field("shapes", _shapes(said) or note.shapes, verbatim=True)
     lines += _field("typical", _section(said, "Typical values") or note.typical)
@@ -59,8 +60,24 @@ def _planned(note: Note) -> str:
     return "Planned: no code, formula or proof stands here yet."
 
 
+def _without_pointer(sentence: str) -> str:
+    """``Divide by the root mean square: see a.b.c.`` without the part from ``see`` on."""
+    return re.sub(r"[:;,.(]?\s*[Ss]ee (?:also )?(?:handbook_src\.|~)?[\w.]+\)?\.?$", ".", sentence)
+
+
 def _formulas(said: list[Facts]) -> list[str]:
-    return next(([line for f in facts.formulas for line in f.splitlines()] for facts in said if facts.formulas), [])
+    """The lines of the first docstring's formulas that has any."""
+    for found in said:
+        if found.formulas:
+            return [line for formula in found.formulas for line in _unaligned(formula).splitlines()]
+    return []
+
+
+def _unaligned(formula: str) -> str:
+    """The formula without the marks that only align its lines on a page."""
+    if r"\begin" in formula:
+        return formula
+    return re.sub(r"\s*\\\\(?:\[\w.]+\])?\s*$", "", formula.replace("&", ""), flags=re.MULTILINE)
 
 
 def _shapes(said: list[Facts]) -> list[str]:
@@ -74,7 +91,7 @@ def _section(said: list[Facts], name: str, flow: bool = True) -> list[str]:
         return [line.replace("``", "") for line in text.splitlines()]
     lines: list[str] = []
     for line in text.splitlines():
-        if line.startswith(" ") and lines:
+        if lines and not (lines[-1].endswith(".") and not line.startswith(" ")):
             lines[-1] += " " + line.strip()
         else:
             lines.append(line)

@@ -39,14 +39,15 @@ def facts(path: str) -> Facts | None:
     if found is None:
         return None
     module, file, node = found
-    text = inspect.cleandoc(ast.get_docstring(node) or "")
+    line = [node, *_bases(node, file)]
+    text = inspect.cleandoc(next(filter(None, map(ast.get_docstring, line)), ""))
     return Facts(
         path=path,
         file=file,
         sentence=_sentence(text),
         formulas=tuple(_formulas(text)),
         sections=_sections(text),
-        shapes=tuple(_shapes(node)),
+        shapes=tuple(next(filter(None, map(_shapes, line)), [])),
         pointers=tuple(p for p in (_resolve(name, module, file) for name in POINTER.findall(text)) if p),
     )
 
@@ -91,6 +92,13 @@ def _definition(path: str) -> tuple[str, Path, Definition] | None:
             return module, file, node
     target = _imported(name, file)
     return _definition(target) if target and target != path else None
+
+
+def _bases(node: Definition, file: Path) -> list[Definition]:
+    """The classes of the same file that a class builds on, nearest first: it inherits their words."""
+    names = [b.id for b in node.bases if isinstance(b, ast.Name)] if isinstance(node, ast.ClassDef) else []
+    direct = [n for n in _tree(file).body if isinstance(n, ast.ClassDef) and n.name in names and n is not node]
+    return [found for base in direct for found in (base, *_bases(base, file))]
 
 
 def _member(outer: tuple[str, Path, Definition], name: str) -> tuple[str, Path, Definition] | None:

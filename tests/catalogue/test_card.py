@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -64,6 +65,9 @@ class Plain(Module):
 
     def forward(self, x: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
         return x
+
+class Heir(Plain):
+    __doc__ = Plain.__doc__
 '''
 
 
@@ -95,6 +99,7 @@ def test_a_layer_shows_what_forward_takes(sample: str) -> None:
     found = facts(f"{sample}.Plain")
     assert found is not None
     assert found.shapes == ("x: (b t) int", "returns: (b t d) float")
+    assert facts(f"{sample}.Heir") == dataclasses.replace(found, path=f"{sample}.Heir")
     method = facts(f"{sample}.Plain.forward")
     assert method is not None
     assert method.shapes == found.shapes
@@ -129,6 +134,30 @@ def test_a_card_of_a_published_row(sample: str, monkeypatch: pytest.MonkeyPatch)
     ):
         assert line in text, line
     assert "Planned" not in text
+
+
+@pytest.mark.parametrize(
+    ("formula", "want"),
+    [
+        (r"x &= 1 \\" + "\n" + r"y &= 2", "x = 1\ny = 2"),
+        (r"\begin{cases} 1 & a \\ 2 & b \end{cases}", r"\begin{cases} 1 & a \\ 2 & b \end{cases}"),
+        (r"\frac{a}{b}", r"\frac{a}{b}"),
+    ],
+)
+def test_alignment_marks_are_dropped(formula: str, want: str) -> None:
+    assert card_module._unaligned(formula) == want
+
+
+@pytest.mark.parametrize(
+    ("sentence", "want"),
+    [
+        ("Divide by the root: see a.b.c.", "Divide by the root."),
+        ("Weight over its norm; see also handbook_src.a.b.", "Weight over its norm."),
+        ("You see it at once, whatever it is.", "You see it at once, whatever it is."),
+    ],
+)
+def test_a_pointer_is_no_part_of_what_it_is(sentence: str, want: str) -> None:
+    assert card_module._without_pointer(sentence) == want
 
 
 def test_the_card_of_swiglu() -> None:
