@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 
 from handbook_src.errors import ConfigError, Diverged
 from handbook_src.testing import refuses
-from handbook_src.training import History, train
+from handbook_src.training import train
 
 
 def net(dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -206,20 +205,6 @@ def test_batches_may_be_nested():
         model, nested, lambda m, b: mse(m, (b["x"][0], b["y"][0])), sgd(model), steps=1, generator=rng(),
         progress=False,
     )  # fmt: skip
-
-
-def test_history_goes_to_csv(tmp_path):
-    history = History()
-    history.record(loss=1.5, grad_norm=2.0, lr=0.1, seconds=0.25)
-    history.record(loss=1.25, grad_norm=1.0, lr=0.1, seconds=0.25)
-    history.evaluations.append({"step": 2, "accuracy": 0.5})
-    history.to_csv(tmp_path / "run.csv")
-    rows = list(csv.DictReader((tmp_path / "run.csv").read_text().splitlines()))
-    assert len(rows) == len(history) == 2
-    assert rows[0] == {
-        "step": "1", "loss": "1.5", "grad_norm": "2.0", "lr": "0.1", "seconds": "0.25", "accuracy": "",
-    }  # fmt: skip
-    assert rows[1]["accuracy"] == "0.5"
 
 
 def test_the_bar_is_silent_when_told(capfd, monkeypatch):
