@@ -130,11 +130,8 @@ def skips(book: Book, today: datetime.date | None = None) -> dict[str, Skip]:
         return {}
     today = today or datetime.date.today()
     rows = yaml.safe_load(book.skips.read_text("utf8")) or []
-    found: dict[str, Skip] = {}
     pages = names(book)
-    for row in rows:
-        found[_checked(row, pages, today).page] = Skip(**row)
-    return found
+    return {skip.page: skip for skip in (_checked(row, pages, today) for row in rows)}
 
 
 def _checked(row: Any, pages: list[str], today: datetime.date) -> Skip:

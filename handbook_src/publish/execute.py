@@ -175,7 +175,7 @@ def run(book: Book, task: Task, notebook: Any, out: Path, clock: Clock) -> Failu
 
 def too_slow(chapter: Chapter, seconds: float, limit: float) -> Failure:
     times = limit / chapter.budget
-    return Failure(f"it took {seconds:.1f} s, more than {times:.3g} times its budget of {chapter.budget:.0f} s")
+    return Failure(f"it took {seconds:.1f} s, more than {times:.3g} times its budget of {chapter.budget:g} s")
 
 
 def located(chapter: Chapter, notebook: Any, source: str, why: str, trace: list[str]) -> Failure:

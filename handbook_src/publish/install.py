@@ -184,22 +184,20 @@ def interpreter(venv: Path) -> Path:
 
 def lacks(python: Path, root: Path) -> list[str] | None:
     """What another interpreter is missing; ``None`` when it can't even say."""
-    settings = dict(os.environ, PYTHONPATH=str(root))
-    answer = subprocess.run(
-        [str(python), "-m", "handbook_src.publish.environment", str(root)],
-        cwd=root,
-        env=settings,
-        capture_output=True,
-        text=True,
-    )
-    if answer.returncode:
-        return None
-    found: list[str] = json.loads(answer.stdout)
+    said = ask(python, ["-m", "handbook_src.publish.environment", str(root)], root)
+    found: list[str] | None = json.loads(said) if said else None
     return found
 
 
-def version_of(python: Path) -> str:
-    answer = subprocess.run(
-        [str(python), "-c", "import sys; print(sys.version, end='')"], capture_output=True, text=True
-    )
-    return answer.stdout
+def version_of(python: Path) -> str | None:
+    return ask(python, ["-c", "import sys; print(sys.version, end='')"])
+
+
+def ask(python: Path, arguments: list[str], root: Path | None = None) -> str | None:
+    """What an interpreter prints; ``None`` when it is broken, as after an upgrade of the system's Python."""
+    settings = {**os.environ, **({"PYTHONPATH": str(root)} if root else {})}
+    try:
+        answer = subprocess.run([str(python), *arguments], cwd=root, env=settings, capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout if answer.returncode == 0 else None

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any
 
 from handbook_src.publish.book import Book, write
 from handbook_src.publish.chapters import Chapter
@@ -48,7 +48,7 @@ class Progress:
     jobs: int
     times: dict[str, float]
     cells: dict[str, int] = field(default_factory=dict)
-    out: TextIO = field(default_factory=lambda: sys.stderr if sys.stderr.isatty() else sys.stdout)
+    out: Any = field(default_factory=lambda: sys.stderr if sys.stderr.isatty() else sys.stdout)
 
     def __post_init__(self) -> None:
         self.start = time.monotonic()
@@ -63,6 +63,8 @@ class Progress:
                 total=len(self.tasks),
                 file=self.out,
                 leave=False,
+                disable=False,
+                mininterval=0.2,
                 dynamic_ncols=True,
                 bar_format="{n_fmt}/{total_fmt} |{bar:20}| {desc}",
             )

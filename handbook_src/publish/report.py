@@ -19,7 +19,7 @@ def times(outcomes: list[Outcome], chapters: dict[str, Chapter]) -> str:
         over = outcome.state in ("executed", "cached") and outcome.seconds > chapter.budget
         state = outcome.state + (", over its budget" if over else "")
         spent = f"{outcome.seconds:7.1f}" if outcome.state != "skipped" else f"{'-':>7}"
-        lines.append(f"{chapter.name:{width}}  {spent}  {chapter.budget:6.0f}  {state}")
+        lines.append(f"{chapter.name:{width}}  {spent}  {chapter.budget:6g}  {state}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,94 @@
+"""What the test of the notebooks compares, and the little that it doesn't."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from handbook_src.publish import proof
+from handbook_src.publish.book import Book
+from handbook_src.publish.execute import kernel_environment
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SANITIZE = REPOSITORY / "tests" / "nbval_sanitize.cfg"
+SVG = "<?xml version='1.0'?>\\n<svg xmlns='http://www.w3.org/2000/svg'><path d='M {} 0'/></svg>"
+PICTURE = f"""from IPython.display import SVG, display
+display({{'image/svg+xml': "{SVG}".format(1.25), 'text/plain': 'a figure'}}, raw=True)"""
+
+
+@pytest.fixture(scope="module")
+def notebook(make_tiny, tmp_path_factory):
+    """One staged notebook with a cell of each kind, executed once."""
+    tiny = make_tiny(tmp_path_factory.mktemp("proof"))
+    tiny.chapter(
+        "a",
+        "print('loss 0.125')",
+        "7",
+        PICTURE,
+        ":tags: [nbval-ignore-output]\n\nprint('4.2 ms')",
+        "object.__repr__(3.5)",
+        "print('took 4.2 ms')",
+    )
+    assert tiny.build() == 0
+    return tiny.book.staged("book/a")
+
+
+def compared(notebook, *edits):
+    """How many cells nbval finds changed after texts in the stored outputs are replaced."""
+    stored = nbformat.read(notebook, as_version=4)
+    for cell in stored.cells:
+        if cell.get("outputs"):
+            text = json.dumps(cell.outputs)
+            for before, after in edits:
+                text = text.replace(before, after)
+            cell.outputs = [nbformat.from_dict(o) for o in json.loads(text)]
+    edited = notebook.with_name("edited.ipynb")
+    nbformat.write(stored, edited)
+    assert (edited.read_text("utf8") != notebook.read_text("utf8")) == bool(edits)
+    return failed(edited)
+
+
+def failed(notebook):
+    """How many cells nbval finds changed."""
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--nbval"]
+    line += ["--nbval-current-env", "--nbval-sanitize-with", str(SANITIZE), str(notebook)]
+    settings = {**os.environ, **kernel_environment(Book(notebook.parents[3]))}
+    run = subprocess.run(line, env=settings, capture_output=True, text=True, cwd=notebook.parent)
+    assert run.returncode in (0, 1), run.stdout + run.stderr
+    return run.stdout.count("\nFAILED ")
+
+
+def test_another_picture_address_and_tagged_time_pass(notebook):
+    edits = ("M 1.25 0", "M 7.5 3"), ('"4.2 ms', '"9.9 ms'), ("<float object at 0x", "<float object at 0x1")
+    assert compared(notebook, *edits) == 0
+
+
+def test_a_changed_text_integer_or_untagged_time_fails(notebook):
+    edits = ("loss 0.125", "loss 0.126"), ('"text/plain": "7"', '"text/plain": "8"'), ("took 4.2 ms", "took 4.3 ms")
+    assert compared(notebook, *edits) == 3
+
+
+def test_a_picture_that_is_gone_fails(notebook):
+    stored = nbformat.read(notebook, as_version=4)
+    for cell in stored.cells:
+        cell["outputs"] = [o for o in cell.get("outputs", []) if "image/svg+xml" not in o.get("data", {})]
+    bare = notebook.with_name("bare.ipynb")
+    nbformat.write(stored, bare)
+    assert failed(bare) == 1
+
+
+def test_pytest_gets_the_notebooks_first_and_what_the_caller_adds(tiny):
+    line = proof.command(tiny.book, 2, ["-k", "rms"])
+    assert line[1:3] == ["-m", "pytest"]
+    assert line[-4:] == ["-k", "rms", "_build/stage/book", "tests"]
+    assert line[line.index("--dist") + 1] == "loadfile"
+
+
+def test_named_tests_replace_the_whole_suite(tiny):
+    tiny.write("tests/test_a.py", "")
+    line = proof.command(tiny.book, 2, ["tests/test_a.py::test_x", "-x"])
+    assert line[-2:] == ["tests/test_a.py::test_x", "-x"]
