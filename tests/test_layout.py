@@ -128,7 +128,7 @@ FOREIGN = re.compile(
             "/[r]oot/",
             r"/[h]ome/\w+/",
             "/[w]ork/(main|shared|tmp)",
-            r"\.[l]ibrary/",
+            r"\.librar[y]/",
             r"[p]ypi\.org/(simple|packages)",
             r"[p]ythonhosted\.org",
             r"download\.[p]ytorch\.org",
