@@ -11,9 +11,6 @@ from handbook_src.publish import build
 from handbook_src.publish.book import Book
 from handbook_src.publish.execute import kernel_environment
 
-#: pytest's exit status when no test was collected.
-NOTHING_RAN = 5
-
 
 def command(book: Book, jobs: int, rest: list[str]) -> list[str]:
     """The pytest call. Notebooks come first: they are the longest, and a file stays on one worker."""
@@ -29,8 +26,10 @@ def command(book: Book, jobs: int, rest: list[str]) -> list[str]:
 
 
 def names_tests(root: Path, argument: str) -> bool:
-    """Whether an argument is a path, so that the caller has chosen what to run."""
-    return not argument.startswith("-") and (root / argument.partition("::")[0]).exists()
+    """Whether an argument is a path, so that the caller has chosen what to run (``-k kernels`` is none)."""
+    path = argument.partition("::")[0]
+    looks = "/" in path or path.endswith((".py", ".ipynb")) or path == "tests"
+    return looks and not argument.startswith("-") and (root / path).exists()
 
 
 def test(root: Path, options: build.Options, rest: list[str]) -> int:

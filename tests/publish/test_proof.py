@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from handbook_src.publish import proof
+from handbook_src.publish import build, proof
 from handbook_src.publish.book import Book
 from handbook_src.publish.execute import kernel_environment
 
@@ -92,3 +92,22 @@ def test_named_tests_replace_the_whole_suite(tiny):
     tiny.write("tests/test_a.py", "")
     line = proof.command(tiny.book, 2, ["tests/test_a.py::test_x", "-x"])
     assert line[-2:] == ["tests/test_a.py::test_x", "-x"]
+
+
+@pytest.mark.parametrize(("built", "pytest_says", "code"), [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1)])
+def test_the_command_fails_where_the_build_or_a_test_does(tiny, monkeypatch, built, pytest_says, code):
+    monkeypatch.setattr(proof.build, "book", lambda root, options: built)
+    monkeypatch.setattr(proof.subprocess, "call", lambda *args, **kwargs: pytest_says)
+    assert proof.test(tiny.root, build.Options(), []) == code
+
+
+def test_a_stopped_build_starts_no_tests(tiny, monkeypatch):
+    monkeypatch.setattr(proof.build, "book", lambda root, options: 130)
+    monkeypatch.setattr(proof.subprocess, "call", lambda *args, **kwargs: pytest.fail("tests were started"))
+    assert proof.test(tiny.root, build.Options(), []) == 130
+
+
+def test_a_keyword_that_is_also_a_folder_chooses_no_path(tiny):
+    tiny.write("kernels/README.md", "")
+    assert not proof.names_tests(tiny.root, "kernels")
+    assert proof.names_tests(tiny.root, "kernels/README.md")
