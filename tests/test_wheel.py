@@ -65,6 +65,20 @@ def test_the_wheel_holds_the_package_and_its_tables_only(wheel):
     assert "handbook_src/catalogue/claims.tsv" in names
     assert [name for name in names if "__pycache__" in name] == []
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    for data in (REPOSITORY / "handbook_src").rglob("*"):
+        if data.is_file() and data.suffix in {".tsv", ".json", ".css", ".js", ".html"}:
+            assert data.relative_to(REPOSITORY).as_posix() in names
+
+
+def test_the_wheel_asks_for_the_light_dependencies_only(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+    lines = archive.read(name).decode().splitlines()
+    needs = [line.split()[1] for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert {n.partition(">")[0] for n in needs} == {"torch", "numpy", "einops", "jaxtyping", "safetensors", "tqdm"}
+    assert "License-Expression: Apache-2.0" in lines
+    extras = {line.split()[1] for line in lines if line.startswith("Provides-Extra:")}
+    assert extras >= {"kernels", "book", "test", "reference"}
 
 
 def test_a_layer_works_from_the_wheel(stranger):
