@@ -10,7 +10,7 @@ from pathlib import Path
 
 from handbook_src.catalogue.docstring import Facts, followed, plain
 from handbook_src.catalogue.ledger import Entry, current, find_root, find_stage, ledger, staged
-from handbook_src.catalogue.notes import NOTES, Note
+from handbook_src.catalogue.notes import Note, notes
 from handbook_src.catalogue.table import Component, claims, component, fold
 
 INDENT = 10
@@ -24,7 +24,7 @@ def card(name: str) -> str:
     """
     row = component(name)
     said = followed(row.object) if row.object else []
-    note = NOTES.get(row.id, Note())
+    note = notes().get(row.id, Note())
     lines = [_heading(row), *_asked(row, name)]
     lines += _field("what", [_without_pointer(said[0].sentence) if said else note.what])
     lines += _field("formula", _formulas(said) or note.formula, verbatim=True)

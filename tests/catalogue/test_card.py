@@ -15,7 +15,7 @@ from handbook_src.catalogue import components
 from handbook_src.catalogue.__main__ import run
 from handbook_src.catalogue.card import card
 from handbook_src.catalogue.docstring import facts, followed, plain
-from handbook_src.catalogue.notes import NOTES
+from handbook_src.catalogue.notes import notes
 from handbook_src.catalogue.table import Component
 from handbook_src.errors import ConfigError
 from handbook_src.testing.refusal import refuses
@@ -174,8 +174,14 @@ def test_every_component_has_a_card() -> None:
         assert max(map(len, text.splitlines())) < 160, row.id
 
 
-def test_notes_are_of_components() -> None:
-    assert set(NOTES) <= {c.id for c in components()}
+def test_notes_are_of_components_and_hold_something() -> None:
+    assert set(notes()) <= {c.id for c in components()}
+    for id_, note in notes().items():
+        assert note.what.endswith("."), id_
+        assert note.formula, id_
+        for formula in note.formula:
+            assert formula.count("{") == formula.count("}"), id_
+            assert not {"\t", "\b", "\f", "\r"} & set(formula), id_  # a backslash that TOML has eaten
 
 
 def test_an_unknown_name_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
