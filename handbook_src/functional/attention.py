@@ -72,10 +72,12 @@ def scaled_dot_product_attention(
     mask = _joined(mask, causal, q, k)
     if chosen == "torch":
         return _torch(q, k, v, mask, scale, dropout)
-    (k, v), broken = _without_nan(k, v)
-    weights = _weights(q, k, mask, scale, broken)
+    mask = _dense(mask, q, k)
+    (q, k, v), (bad_q, bad_k, bad_v) = _without_nan(q, k, v)
+    weights = _weights(q, k, mask, scale)
     weights = F.dropout(weights, dropout) if dropout else weights
-    return torch.einsum("bhts,bshc->bthc", weights.to(v.dtype), _for_each_head(v, q))
+    out = torch.einsum("bhts,bshc->bthc", weights.to(v.dtype), _for_each_head(v, q))
+    return out.masked_fill(_broken(bad_q, bad_k | bad_v, mask).transpose(1, 2), math.nan)
 
 
 def attention_weights(
@@ -109,8 +111,9 @@ def attention_weights(
     _check_qkv(q, k, k)
     _check_numbers(scale, 0.0)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    (k,), broken = _without_nan(k)
-    return _weights(q, k, _joined(mask, causal, q, k), scale, broken).to(q.dtype)
+    mask = _dense(_joined(mask, causal, q, k), q, k)
+    (q, k), bad = _without_nan(q, k)
+    return _weights(q, k, mask, scale).to(q.dtype).masked_fill(_broken(bad[0], bad[1], mask), math.nan)
 
 
 def additive_attention(
@@ -154,9 +157,9 @@ def additive_attention(
     if not (query.shape[-1] == key.shape[-1] == len(vector)):
         got = f"{query.shape[-1]}, {key.shape[-1]} and {len(vector)} features"
         _refuse("additive attention's query, key and vector", got, "equal widths", "Project both to the same width.")
-    (key, value), broken = _without_nan(key, value)
+    (query, key, value), bad = _without_nan(query, key, value)
     scores = torch.tanh(query[:, :, None] + key[:, None]) @ vector
-    return _contexts(scores, value, mask, broken, dropout)
+    return _contexts(scores, value, mask, bad, dropout)
 
 
 def multiplicative_attention(
@@ -207,9 +210,9 @@ def multiplicative_attention(
     if score == "concat" and weight is not None and vector is not None:
         of_query, of_key = weight.split([query.shape[-1], key.shape[-1]], dim=1)
         return additive_attention(query @ of_query.T, key @ of_key.T, value, vector, mask, dropout=dropout)
-    (key, value), broken = _without_nan(key, value)
+    (query, key, value), bad = _without_nan(query, key, value)
     scores = (query if weight is None else query @ weight) @ key.mT
-    return _contexts(scores, value, mask, broken, dropout)
+    return _contexts(scores, value, mask, bad, dropout)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | None, scale: float, dropout: float) -> Tensor:
@@ -248,17 +251,13 @@ def _blank(k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
 
 
-def _weights(q: Tensor, k: Tensor, mask: MaskLike | None, scale: float, broken: Tensor) -> Tensor:
-    scores = torch.einsum("bthe,bshe->bhts", q, _for_each_head(k, q)) * scale
-    broken = repeat(broken, "b s g -> b (g r) 1 s", r=q.shape[2] // k.shape[2])
-    return _masked_softmax(scores.masked_fill(broken, math.nan), mask)
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return _masked_softmax(torch.einsum("bthe,bshe->bhts", q, _for_each_head(k, q)) * scale, mask)
 
 
-def _masked_softmax(scores: Tensor, mask: MaskLike | None) -> Tensor:
+def _masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax over the allowed keys, in float32 at least; a row without any is all zero."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if isinstance(mask, Mask):
-        mask = mask.sdpa(*scores.shape[-2:], device=scores.device)
     if mask is None:
         return scores.softmax(-1)
     hidden = ~_allowed(mask)
@@ -270,16 +269,18 @@ def _masked_softmax(scores: Tensor, mask: MaskLike | None) -> Tensor:
 
 
 def _contexts(
-    scores: Tensor, value: Tensor, mask: MaskLike | None, broken: Tensor, dropout: float
+    scores: Tensor, value: Tensor, mask: MaskLike | None, bad: list[Tensor], dropout: float
 ) -> tuple[Tensor, Tensor]:
     """Weights and contexts of one head: ``b t s`` and ``b t d``."""
     b, t, s = scores.shape
     mask = mask if mask is None or isinstance(mask, Mask) else _with_head(mask)
     _check_mask(mask, b, 1, t, s)
-    scores = scores.masked_fill(broken[:, None], math.nan)
+    if isinstance(mask, Mask):
+        mask = mask.sdpa(t, s, device=scores.device)
     weights = _masked_softmax(scores[:, None], mask)[:, 0].to(value.dtype)
     weights = F.dropout(weights, dropout) if dropout else weights
-    return weights @ value, weights
+    broken = _broken(bad[0][..., None], (bad[1] | bad[2])[..., None], mask)[:, 0]
+    return (weights @ value).masked_fill(broken, math.nan), weights.masked_fill(broken, math.nan)
 
 
 def _with_head(mask: Tensor) -> Tensor:
@@ -290,10 +291,21 @@ def _allowed(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else ~mask.isneginf()
 
 
-def _without_nan(*tensors: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Replace NaN and infinity by zero; also say at which key (all but the last axis) one stood."""
-    finite = torch.stack([x.isfinite().all(-1) for x in tensors]).all(0)
-    return [x.nan_to_num(0.0, 0.0, 0.0) for x in tensors], ~finite
+def _without_nan(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Replace NaN and infinity by zero; also say in which vectors one stood."""
+    return [x.nan_to_num(0.0, 0.0, 0.0) for x in tensors], [~x.isfinite().all(-1) for x in tensors]
+
+
+def _broken(bad_q: Tensor, bad_k: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows, ``b h t 1``, whose query is not finite or that may see a key or value that is not."""
+    groups = bad_q.shape[2] // bad_k.shape[2]
+    seen = repeat(bad_k, "b s g -> b (g r) 1 s", r=groups)
+    seen = seen if mask is None else seen & _allowed(mask)
+    return rearrange(bad_q, "b t h -> b h t 1") | seen.any(-1, keepdim=True)
+
+
+def _dense(mask: MaskLike | None, q: Tensor, k: Tensor) -> Tensor | None:
+    return mask.sdpa(q.shape[1], k.shape[1], device=q.device) if isinstance(mask, Mask) else mask
 
 
 def _for_each_head(x: Tensor, q: Tensor) -> Tensor:

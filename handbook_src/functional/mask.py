@@ -73,21 +73,23 @@ class Mask:
     ) -> None:
         self.text, self.allows, self.positional = text, allows, positional
         self.batch, self.heads, self.extent = batch, heads, extent
+        self._outermost = ""  # the operator that was applied last, for brackets in print
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        text = " & ".join(f"({m})" if " | " in _outer(m.text) else m.text for m in (self, other))
-        return _composed(text, lambda *i: self.allows(*i) & other.allows(*i), self, other)
+        left, right = (f"({m.text})" if m._outermost == "|" else m.text for m in (self, other))
+        return _composed("&", f"{left} & {right}", lambda *i: self.allows(*i) & other.allows(*i), self, other)
 
     def __or__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        return _composed(f"{self} | {other}", lambda *i: self.allows(*i) | other.allows(*i), self, other)
+        text = f"{self.text} | {other.text}"
+        return _composed("|", text, lambda *i: self.allows(*i) | other.allows(*i), self, other)
 
     def __invert__(self) -> Mask:
-        text = f"~({self})" if " " in _outer(self.text) else f"~{self}"
-        return _composed(text, lambda *i: ~self.allows(*i), self)
+        text = f"~({self.text})" if self._outermost in ("&", "|") else f"~{self.text}"
+        return _composed("~", text, lambda *i: ~self.allows(*i), self)
 
     def __bool__(self) -> bool:
         raise ConfigError(
@@ -299,37 +301,37 @@ def per_head(*rules: Mask) -> Mask:
     def chosen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return reduce(operator.or_, ((h == i) & r.allows(b, h, t, s) for i, r in enumerate(rules)))
 
-    mask = _composed(f"per_head({', '.join(map(str, rules))})", chosen, *rules)
+    mask = _composed("", f"per_head({', '.join(map(str, rules))})", chosen, *rules)
     mask.heads = len(rules)
     return mask
 
 
-def _composed(text: str, allows: MaskMod, *parts: Mask) -> Mask:
+def _composed(outermost: str, text: str, allows: MaskMod, *parts: Mask) -> Mask:
     """A rule made of rules: it knows what its parts know."""
+    extents = [p.extent for p in parts if p.extent is not None]
+    mask = Mask(
+        text,
+        allows,
+        positional=any(p.positional for p in parts),
+        batch=_shared(f"batch in {text}", [p.batch for p in parts]),
+        heads=_shared(f"heads in {text}", [p.heads for p in parts]),
+        extent=min(extents) if extents else None,
+    )
+    mask._outermost = outermost
+    return mask
 
-    def shared(what: str) -> int | None:
-        sizes = {n for p in parts if (n := getattr(p, what)) is not None}
-        if len(sizes) > 1:
-            raise ShapeError(f"{what} in {text}", got=sorted(sizes), want="one size", remedy="Make the parts alike.")
-        return next(iter(sizes), None)
 
-    extent = min((p.extent for p in parts if p.extent is not None), default=None)
-    positional = any(p.positional for p in parts)
-    return Mask(text, allows, positional=positional, batch=shared("batch"), heads=shared("heads"), extent=extent)
-
-
-def _outer(text: str) -> str:
-    """The text outside all brackets, where an operator would bind too loosely."""
-    depth, out = 0, []
-    for c in text:
-        depth += (c in "([") - (c in ")]")
-        out.append(c if depth == 0 else "")
-    return "".join(out)
+def _shared(what: str, sizes: list[int | None]) -> int | None:
+    known = [n for n in sizes if n is not None]
+    if any(n != known[0] for n in known):
+        raise ShapeError(what, got=known, want="one size", remedy="Make the parts alike.")
+    return known[0] if known else None
 
 
 def _brief(value: int | Tensor) -> str:
+    """A tensor by dtype and shape: its values may stand on a GPU, and reading them would wait for it."""
     if isinstance(value, Tensor):
-        return str(value.tolist()) if value.numel() <= 8 else f"<{' x '.join(map(str, value.shape))}>"
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return repr(value)
 
 

@@ -204,11 +204,11 @@ def test_not_causal_is_not_backward() -> None:
         (causal & (window(256) | sinks(4)), "causal & (window(256) | sinks(4))"),
         (~(causal & window(2)), "~(causal & window(2))"),
         (~causal | full & sinks(1), "~causal | full & sinks(1)"),
-        ((causal | prefix(2)) & padding(torch.tensor([1, 2])), "(causal | prefix(2)) & padding([1, 2])"),
+        ((causal | prefix(2)) & padding(torch.tensor([1, 2])), "(causal | prefix(2)) & padding(int64[2])"),
         (per_head(causal | full, window(2)) & dilated(2), "per_head(causal | full, window(2)) & dilated(2)"),
-        (padding(torch.arange(9)), "padding(<9>)"),
+        (padding(torch.arange(9)), "padding(int64[9])"),
         (random(0.25, seed=3) | global_tokens(0, 2), "random(0.25, seed=3) | global_tokens(0, 2)"),
-        (block(2, LAYOUT), "block(2, layout=<3 x 3>)"),
+        (block(2, LAYOUT), "block(2, layout=bool[3, 3])"),
     ],
 )
 def test_a_rule_prints_as_it_is_written(rule: Mask, text: str) -> None:
