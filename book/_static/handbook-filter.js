@@ -32,7 +32,15 @@
     return wanted === "" || value === wanted || (wanted === "settled" && value !== "open");
   }
 
+  /* On a phone the style sheet turns rows into blocks, which would cost the table its
+     roles; stated, they stay. */
+  function keepRoles(table) {
+    const roles = { TABLE: "table", THEAD: "rowgroup", TBODY: "rowgroup", TR: "row", TH: "columnheader", TD: "cell" };
+    for (const node of [table, ...table.querySelectorAll("thead, tbody, tr, th, td")]) node.setAttribute("role", roles[node.tagName]);
+  }
+
   function arm(table, number) {
+    keepRoles(table);
     const rows = [...table.tBodies[0].rows];
     const heads = [...table.tHead.rows[0].cells];
     const noun = heads[0].textContent.trim().toLowerCase() + "s";
@@ -48,7 +56,7 @@
     const form = element("form", { className: "handbook-filter" });
     form.setAttribute("role", "search");
     form.setAttribute("aria-label", `Filter the ${noun}`);
-    form.append(field("Name, id or synonym", box, `handbook-q-${number}`));
+    form.append(field(noun === "components" ? "Name, id or synonym" : "Words or id", box, `handbook-q-${number}`));
     for (const { name, list } of lists) form.append(field(name[0].toUpperCase() + name.slice(1), list, `handbook-${name}-${number}`));
     form.append(reset, count);
 

@@ -10,9 +10,9 @@ from functools import cache
 from html import escape
 
 LAYERS, WIDTH, BATCH = 20, 256, 64
-LOW, HIGH, POINTS = -9.5, 1.5, 72  # log10 of an activation's size
-VIEW = (460, 400)
-PANEL, LEFT, TOP, STEP, PEAK = 196, 46, 66, 14, 40
+LOW, HIGH, POINTS = -10.2, 1.4, 96  # log10 of an activation's size
+VIEW = (500, 470)
+PANEL, GAP, LEFT, TOP, STEP, PEAK = 214.0, 16.0, 54.0, 34.0, 15.0, 84.0
 
 
 def sizes(normalised: bool, seed: int = 0) -> list[list[float]]:
@@ -52,7 +52,7 @@ def ridge(values: list[float], left: float, base: float) -> str:
     xs = [left + PANEL * (i + 0.5) / POINTS for i in range(POINTS)]
     ys = [base - PEAK * h for h in density(values)]
     points = " ".join(f"{x:.0f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-    return f"M{left},{base} L{points} {left + PANEL},{base}"
+    return f"M{left:g},{base:g} L{points} {left + PANEL:g},{base:g}"
 
 
 def panel(layers: list[list[float]], left: float, title: str) -> str:
@@ -67,7 +67,7 @@ def panel(layers: list[list[float]], left: float, title: str) -> str:
         x = left + PANEL * (power - LOW) / (HIGH - LOW)
         ticks += f'<line x1="{x:.0f}" x2="{x:.0f}" y1="{floor + 3}" y2="{floor + 8}"/>'
         ticks += f'<text x="{x:.0f}" y="{floor + 23}" text-anchor="middle">{label}</text>'
-    head = f'<text class="head" x="{left + PANEL / 2}" y="{TOP - 8}" text-anchor="middle">{escape(title)}</text>'
+    head = f'<text class="head" x="{left + PANEL / 2}" y="{TOP - 14}" text-anchor="middle">{escape(title)}</text>'
     return head + "".join(paths) + ticks
 
 
@@ -83,7 +83,7 @@ def svg() -> str:
     width, height = VIEW
     first, last = TOP + PEAK, TOP + PEAK + (LAYERS - 1) * STEP
     shrunk = 10 ** (median(bare[0]) - median(bare[-1]))
-    kept = 10 ** (median(normed[0]) - median(normed[-1]))
+    moved = abs(10 ** (median(normed[-1]) - median(normed[0])) - 1)
     alt = (
         f"Histograms of activation sizes in each of {LAYERS} layers. Without normalisation they slide "
         "to ever smaller values; with RMSNorm they stay in place."
@@ -92,13 +92,13 @@ def svg() -> str:
         f'<text x="{LEFT - 8}" y="{y}" text-anchor="end">{text}</text>'
         for y, text in ((first, "layer 1"), (last, str(LAYERS)))
     )
-    body = panel(bare, LEFT, "no normalisation") + panel(normed, LEFT + PANEL + 20, "RMSNorm in each layer")
+    body = panel(bare, LEFT, "no normalisation") + panel(normed, LEFT + PANEL + GAP, "RMSNorm in each layer")
     factor = f"{round(shrunk, -len(str(int(shrunk))) + 2):,.0f}"
     return (
         '<figure class="handbook-hero-figure">'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}">{labels}{body}'
-        f'<text x="{LEFT + PANEL + 10}" y="{last + 44}" text-anchor="middle">size of an activation</text></svg>'
+        f'<text x="{LEFT + PANEL + GAP / 2}" y="{last + 46}" text-anchor="middle">size of an activation</text></svg>'
         f"<figcaption>The same {LAYERS}-layer network, as initialised. Left, the typical activation shrinks "
-        f"{factor}-fold on its way down; right, one RMSNorm a layer keeps it within a factor of "
-        f"{max(kept, 1 / kept):.1f}. Computed by this build.</figcaption></figure>"
+        f"{factor}-fold on its way down; right, with one RMSNorm a layer, it moves by {moved:.1%}. "
+        "Computed while this page was built.</figcaption></figure>"
     )

@@ -133,14 +133,14 @@ class Components(CataloguePage):
 
 
 class Claims(CataloguePage):
-    """The claims ledger: one row each, with the verdict of the last run."""
+    """The claims ledger: one row each with the verdict of the last run, the settled ones first."""
 
     def run(self) -> list[nodes.Node]:
         self.note_tables()
         heads = [("Claim", "name"), ("Verdict", "verdict filter"), ("What decides", "evidence")]
         rows: list[Row] = [
             (f"claim-{e.id}", [], [self.statement(e), [paragraph(self.verdict(e))], self.evidence(e)])
-            for e in self.entries()
+            for e in sorted(self.entries(), key=lambda e: e.verdict == "open")
         ]
         return [build_table(heads, rows)]
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from handbook_src.errors import ConfigError
-from handbook_src.publish.book import Book, write
+from handbook_src.publish.book import Book
 from handbook_src.publish.chapters import names
 from handbook_src.publish.locate import locate
 
@@ -41,19 +41,6 @@ def site_url() -> str:
     """Where the published site lives, as GitHub Pages derives it from the repository."""
     owner, name = urlsplit(repository()).path.strip("/").split("/")[:2]
     return f"https://{owner}.github.io/{name}"
-
-
-def complete_stage(stage: Path) -> None:
-    """Bring what the press has not staged: text pages, static files, quoted sources."""
-    for name in names(BOOK):
-        source = ROOT / f"{name}.md"
-        if source.exists() and not (stage / f"{name}.ipynb").exists():
-            write(stage / f"{name}.md", source.read_bytes())
-    extra = [p for p in (ROOT / "book" / "_static").rglob("*") if p.is_file()]
-    extra += [p for p in (ROOT / "handbook_src").rglob("*.py") if "__pycache__" not in p.parts]
-    extra += [*(ROOT / "book").rglob("*.bib"), *(ROOT / "kernels").rglob("*.py")]
-    for path in extra:
-        write(stage / path.relative_to(ROOT), path.read_bytes())
 
 
 def command(stage: Path, base: Path, strict: bool) -> list[str]:
@@ -91,7 +78,6 @@ def build(stage: Path, out: Path, *, strict: bool = True) -> Path:
         raise ConfigError(
             "build folder", got=str(out), want="a folder named _build", remedy="Pass its parent / _build."
         )
-    complete_stage(stage)
     env = dict(os.environ, PYTHONSAFEPATH="1")  # keeps ./kernels off sys.path
     run = subprocess.run(
         command(stage, out.parent, strict),

@@ -114,14 +114,14 @@ def imported(name: str) -> object | None:
 
 def fix_page(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: nodes.document) -> None:
     """Drop Thebe, load the filter where there is something to filter, mend the buttons."""
+    if pagename in FILTERED:
+        app.add_js_file("handbook-filter.js", loading_method="defer")
     context["script_files"] = [
         s
         for s in context.get("script_files", [])
         if "THEBE_JS_URL" not in (getattr(s, "attributes", {}).get("body") or "")
         and "thebe" not in str(getattr(s, "filename", s))
     ]
-    if pagename in FILTERED:
-        app.add_js_file("handbook-filter.js", loading_method="defer")
     notebook = (Path(app.srcdir) / f"{pagename}.ipynb").exists()
 
     def visit(buttons: list[dict[str, Any]]) -> None:

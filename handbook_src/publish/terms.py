@@ -21,8 +21,6 @@ from handbook_src.catalogue import components
 
 GLOSSARY = "book/glossary"
 INDEX = "book/components"
-#: Pages whose text is prose; the others are tables and reference.
-PROSE = ("book/index",)
 #: What a term may not stand in to be linked.
 CLOSED = (
     nodes.title,
@@ -87,8 +85,7 @@ def is_open(node: nodes.Node) -> bool:
 
 def link_first_uses(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Turn the first use of each term on a chapter into a link."""
-    is_chapter = app.env.doc2path(docname).endswith(".ipynb")
-    if app.builder.format != "html" or not (is_chapter or docname in PROSE):
+    if app.builder.format != "html" or not app.env.doc2path(docname).endswith(".ipynb"):
         return
     terms = glossary_terms(app.env)
     base = app.builder.get_relative_uri(docname, GLOSSARY)
