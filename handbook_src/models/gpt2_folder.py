@@ -18,6 +18,7 @@ _SETTINGS = {
     "n_layer": "depth",
     "n_inner": "hidden_dim",
     "layer_norm_epsilon": "eps",
+    "initializer_range": "init_std",
 }
 #: In the order of ``gpt2.Dropout``.
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
