@@ -136,7 +136,9 @@ def call(command: Sequence[str], root: Path, log: Path, env: dict[str, str] | No
 
 def explain(said: str, log: Path) -> dict[str, str]:
     """Cause and cure in a sentence each, from what pip said."""
-    tail = " | ".join(line.strip() for line in said.strip().splitlines()[-3:])
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"\w*(Error|ERROR|error)\b:", line)]
+    tail = " | ".join((telling or lines)[-3:])
     if "No space left on device" in said or "Errno 28" in said:
         return {
             "got": "a full disk",
