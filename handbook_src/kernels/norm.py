@@ -22,22 +22,22 @@ dtypes: float32, float16, bfloat16; the weights and the residual may have anothe
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from handbook_src.dispatch import needs_for_triton
-from handbook_src.errors import ConfigError, KernelUnavailable, ShapeError
+from handbook_src.errors import ConfigError, KernelUnavailable
+from handbook_src.kernels.launch import LANES, as_rows, check_tensors, multiprocessors
 
-# Longest row held in registers.  From the compile reports (kernels/norm/results): forward, one row over 32 warps, is
-# free of spills at 32768 and spills from 65536 on; the backward holds three times as much per element.
+# Longest row held in registers, by the compile reports (kernels/norm/worklog.md).  Forward: no spill at 32768; half of
+# it with dropout (64 bytes a thread at 32768) or a wider stream (312).  Backward: no spill at 8192, 56 bytes a thread
+# at 16384; half of it with dropout over a float32 stream (4 bytes at 8192).
 WHOLE_ROW_FORWARD = 32768
 WHOLE_ROW_BACKWARD = 8192
 LONG_BLOCK = 4096  # columns per step for longer rows
-LANES = 64 if torch.version.hip else 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -174,7 +174,8 @@ def _backward(
     if W is not None:
         w = tl.load(W + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
     gain, shift = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    # Two stages: the next rows' loads are in flight (cp.async on NVIDIA) while this one is reduced and stored.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=2):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         live = row < rows
         mask = live[:, None] & (col < cols)[None, :]
@@ -187,17 +188,16 @@ def _backward(
             shift += dy
         g = dy * w if W is not None else dy
         if SUMS is None:
-            dz = g - x_hat * (tl.sum(g * x_hat, axis=1) / cols)[:, None]
-            if MEAN is not None:
-                dz -= (tl.sum(g, axis=1) / cols)[:, None]
+            along, plain = tl.sum(g * x_hat, axis=1) / cols, tl.sum(g, axis=1) / cols
         else:
-            dz = g - x_hat * tl.load(SUMS + row, mask=live, other=0.0)[:, None]
-            if MEAN is not None:
-                dz -= tl.load(SUMS + rows + row, mask=live, other=0.0)[:, None]
+            along = tl.load(SUMS + row, mask=live, other=0.0)
+            plain = tl.load(SUMS + rows + row, mask=live, other=0.0)
+        dz = g - x_hat * along[:, None]
+        if MEAN is not None:
+            dz -= plain[:, None]
         dz *= rstd[:, None]
         if DZ is not None:
-            at = row[:, None] * dz_stride + col[None, :]
-            dz += tl.load(DZ + at, mask=mask, other=0.0).to(tl.float32)
+            dz += tl.load(DZ + row[:, None] * dz_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
         at = row[:, None] * cols + col[None, :]
         if DR is not None:
             tl.store(DR + at, dz.to(DR.dtype.element_ty), mask=mask)
@@ -212,12 +212,11 @@ def _backward(
 
 
 @triton.jit
-def _mask(SEED, KEEP, rows, cols, dropout, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    for start in tl.range(0, cols, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        keep = _keep(tl.load(SEED), row, start // 4 + tl.arange(0, BLOCK // 4), dropout)
-        tl.store(KEEP + row[:, None] * cols + col[None, :], keep, mask=(col < cols)[None, :])
+def _mask(SEED, KEEP, cols, dropout, BLOCK: tl.constexpr):
+    row, start = tl.program_id(0).to(tl.int64) + tl.arange(0, 1), tl.program_id(1) * BLOCK
+    col = start + tl.arange(0, BLOCK)
+    keep = _keep(tl.load(SEED), row, start // 4 + tl.arange(0, BLOCK // 4), dropout)
+    tl.store(KEEP + row[:, None] * cols + col[None, :], keep, mask=(col < cols)[None, :])
 
 
 class Plan(NamedTuple):
@@ -229,26 +228,18 @@ class Plan(NamedTuple):
     whole: bool
 
 
-def plan(cols: int, whole_row: int, per_lane: int) -> Plan:
+def plan(cols: int, whole_row: int) -> Plan:
     """Choose the tile: several short rows, one whole row, or one row in blocks."""
     whole = cols <= whole_row
     block = max(4, triton.next_power_of_2(cols)) if whole else min(LONG_BLOCK, triton.next_power_of_2(whole_row + 1))
-    rows = max(1, 4 * 32 * per_lane // block) if whole else 1
-    warps = max(1, min(1024 // LANES, rows * block // (LANES * per_lane)))
+    rows = max(1, 2048 // block) if whole else 1
+    warps = max(1, min(1024 // LANES, rows * block // (LANES * (16 if block <= 8192 else 32))))
     return Plan(rows, block, warps, whole)
 
 
-def programs(x: Tensor, warps: int) -> int:
-    """Return the persistent grid: 16 warps on every multiprocessor; 3 programs under the interpreter."""
-    if not x.is_cuda:
-        return 3
-    return torch.cuda.get_device_properties(x.device).multi_processor_count * max(1, 16 // warps)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Return ``x`` as rows whose last axis is contiguous; a view wherever one exists."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+def programs(x: Tensor, tile: Plan) -> int:
+    """Return how many programs share the rows: together with the column blocks, 16 warps on every multiprocessor."""
+    return max(1, multiprocessors(x) * max(1, 16 // tile.warps) // triton.cdiv(x.shape[-1], tile.block))
 
 
 @torch.library.custom_op("handbook::norm_forward", mutates_args=())
@@ -258,11 +249,13 @@ def _norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return normed, the new residual (empty where there is none), mean (empty for RMSNorm), 1 / deviation."""
     y, z, mean, rstd = _norm_fake(x, residual, weight, bias, seed, eps, dropout, centre)
-    flat, stream = _flat(x), None if residual is None else _flat(residual)
+    flat, stream = as_rows(x), None if residual is None else as_rows(residual)
     rows, cols = flat.shape
     if rows == 0:
         return y, z, mean, rstd
-    tile = plan(cols, WHOLE_ROW_FORWARD, 16)
+    # Registers: dropout's four Philox words, or two layouts of one tile where the stream is wider than x.
+    crowded = seed is not None or z.dtype != x.dtype
+    tile = plan(cols, WHOLE_ROW_FORWARD // (2 if crowded and z.numel() else 1))
     kernel = _forward_whole if tile.whole else _forward_long
     with torch.cuda.device_of(x):
         kernel[(triton.cdiv(rows, tile.rows),)](
@@ -274,10 +267,7 @@ def _norm(
 
 
 @_norm.register_fake
-def _norm_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    eps: float, dropout: float, centre: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _norm_fake(x, residual, weight, bias, seed, eps, dropout, centre):
     rows = math.prod(x.shape[:-1])
     like = x if residual is None else residual
     stream = like.new_empty(x.shape if residual is not None or seed is not None else (0,))
@@ -291,21 +281,18 @@ def _norm_backward(
     mean: Tensor, rstd: Tensor, dropout: float, x_dtype: torch.dtype, gains: bool, shifts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dx, dresidual (empty where it equals dx), dweight and dbias (empty where not asked for)."""
-    dx, dr, dw, db = _norm_backward_fake(
-        z, dy, dz, weight, bias, seed, mean, rstd, dropout, x_dtype, gains, shifts
-    )  # fmt: skip
-    flat, dy, dz = _flat(z), _flat(dy), None if dz is None else _flat(dz)
+    dx, dr, dw, db = _norm_backward_fake(z, dy, dz, weight, bias, seed, mean, rstd, dropout, x_dtype, gains, shifts)
+    flat, dy, dz = as_rows(z), as_rows(dy), None if dz is None else as_rows(dz)
     rows, cols = flat.shape
     if rows == 0:
         return dx, dr, dw.zero_(), db.zero_()
-    tile = plan(cols, WHOLE_ROW_BACKWARD, 16)
-    grid = min(programs(z, tile.warps), triton.cdiv(rows, tile.rows))
+    tile = plan(cols, WHOLE_ROW_BACKWARD // (2 if seed is not None and z.dtype == torch.float32 else 1))
+    grid = min(programs(z, tile), triton.cdiv(rows, tile.rows))
     centre = mean if mean.numel() else None
     partial = z.new_empty((gains + shifts, grid, cols), dtype=torch.float32)
     with torch.cuda.device_of(z):
-        sums = None
-        if not tile.whole:
-            sums = z.new_empty((2, rows), dtype=torch.float32)
+        sums = None if tile.whole else z.new_empty((2, rows), dtype=torch.float32)
+        if sums is not None:
             _row_sums[(rows,)](
                 flat, dy, weight, centre, rstd, sums, flat.stride(0), dy.stride(0), rows, cols,
                 BLOCK=tile.block, num_warps=tile.warps,
@@ -324,19 +311,15 @@ def _norm_backward(
 
 
 @_norm_backward.register_fake
-def _norm_backward_fake(
-    z: Tensor, dy: Tensor, dz: Tensor | None, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    mean: Tensor, rstd: Tensor, dropout: float, x_dtype: torch.dtype, gains: bool, shifts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _norm_backward_fake(z, dy, dz, weight, bias, seed, mean, rstd, dropout, x_dtype, gains, shifts):
     apart, cols = seed is not None or x_dtype != z.dtype, z.shape[-1]
     dw = z.new_empty(0) if weight is None or not gains else weight.new_empty(cols)
     db = z.new_empty(0) if bias is None or not shifts else bias.new_empty(cols)
     return z.new_empty(z.shape, dtype=x_dtype), z.new_empty(z.shape if apart else (0,)), dw, db
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, seed, _, ctx.dropout, _ = inputs
-    _, z, mean, rstd = output
+def _save(ctx, inputs, output):
+    (x, residual, weight, bias, seed, _, ctx.dropout, _), (_, z, mean, rstd) = inputs, output
     ctx.streams = residual is not None or seed is not None
     ctx.save_for_backward(z if ctx.streams else x, weight, bias, seed, mean, rstd)
     ctx.x_dtype = x.dtype
@@ -344,25 +327,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def _pull(ctx: Any, dy: Tensor | None, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _pull(ctx, dy, dz, *_):
     z, weight, bias, seed, mean, rstd = ctx.saved_tensors
-    dy = torch.zeros_like(z) if dy is None else dy
+    dy, dz = torch.zeros_like(z) if dy is None else dy, dz if ctx.streams else None
     _, for_residual, gains, shifts, *_ = ctx.needs_input_grad
-    dz = dz if ctx.streams else None
-    dx, dr, dw, db = _norm_backward(
-        z, dy, dz, weight, bias, seed, mean, rstd, ctx.dropout, ctx.x_dtype, gains, shifts
-    )  # fmt: skip
+    dx, dr, dw, db = _norm_backward(z, dy, dz, weight, bias, seed, mean, rstd, ctx.dropout, ctx.x_dtype, gains, shifts)
     dresidual = (dr if dr.numel() else dx) if for_residual else None
     return dx, dresidual, dw if gains else None, db if shifts else None, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise KernelUnavailable(
-        "second derivative of the fused norm",
-        got="backward through backward",
-        want="first derivatives only",
-        remedy="Use backend='reference', which autograd differentiates any number of times.",
-    )
+def _no_second_derivative(ctx, *_):
+    what, got, want = "second derivative of the fused norm", "backward through backward", "first derivatives only"
+    raise KernelUnavailable(what, got=got, want=want, remedy="Use backend='reference', which has all derivatives.")
 
 
 _norm.register_autograd(_pull, setup_context=_save)
@@ -370,16 +346,9 @@ _norm_backward.register_autograd(_no_second_derivative)
 
 
 def dropout_add_norm_triton(
-    x: Tensor,
-    residual: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    dropout: float = 0.0,
-    centre: bool = True,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, *, dropout: float = 0.0, centre: bool = True, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``(norm(dropout(x) + residual), dropout(x) + residual)`` over the last axis, in one pass.
 
     Args:
@@ -397,18 +366,19 @@ def dropout_add_norm_triton(
         ConfigError: ``eps`` is not positive, or ``dropout`` lies outside 0 to 1.
         KernelUnavailable: no GPU and no interpreter; or a second derivative is asked for.
     """
-    _check(x, residual, weight, bias, eps, dropout)
-    if dropout == 0.0:
-        seed = None
-    elif seed is None:
+    check_tensors("fused norm", x, DTYPES, like_x={"residual": residual}, per_feature={"weight": weight, "bias": bias})
+    if eps <= 0.0:
+        raise ConfigError("eps", got=eps, want="a positive number", remedy="LayerNorm's usual value is 1e-5.")
+    if not 0.0 <= dropout <= 1.0:
+        raise ConfigError("dropout", got=dropout, want="a probability, 0 to 1", remedy="Pass 0.0 to switch it off.")
+    if dropout > 0.0 and seed is None:
         seed = torch.randint(2**62, (1,), device=x.device)
+    seed = seed if dropout > 0.0 else None
     y, z, _, _ = _norm(x, residual, weight, bias, seed, eps, dropout, centre)
     return y, z if residual is not None or seed is not None else x
 
 
-def layer_norm_triton(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:  # fmt: skip
+def layer_norm_triton(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Return LayerNorm of ``x`` over its last axis, in ``x``'s dtype."""
     return dropout_add_norm_triton(x, None, weight, bias, eps)[0]
 
@@ -421,32 +391,8 @@ def rms_norm_triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) 
 def dropout_mask_triton(shape: tuple[int, ...], dropout: float, seed: Tensor) -> Tensor:
     """Return the mask that ``seed`` decides: true where an element of a tensor of this ``shape`` is kept."""
     keep = torch.empty(shape, dtype=torch.bool, device=seed.device)
-    rows, cols = math.prod(shape[:-1]), shape[-1]
-    if rows:
-        with torch.cuda.device_of(seed):
-            _mask[(rows,)](seed, keep, rows, cols, dropout, BLOCK=max(4, min(1024, triton.next_power_of_2(cols))))
+    with torch.cuda.device_of(seed):
+        if keep.numel():
+            grid = math.prod(shape[:-1]), triton.cdiv(shape[-1], 1024)
+            _mask[grid](seed, keep, shape[-1], dropout, BLOCK=1024)
     return keep
-
-
-def _check(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dropout: float
-) -> None:
-    missing = needs_for_triton(x, residual, weight, bias)
-    if missing is not None:
-        raise KernelUnavailable("fused norm", got=f"a tensor on {x.device}", want=missing, remedy="Use backend='auto'.")
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ShapeError("x", got=tuple(x.shape), want="a last axis of one feature or more", remedy="Check the input.")
-    for name, tensor, shape in (
-        ("x", x, x.shape),
-        ("residual", residual, x.shape),
-        ("weight", weight, x.shape[-1:]),
-        ("bias", bias, x.shape[-1:]),
-    ):
-        if tensor is not None and tensor.shape != shape:
-            raise ShapeError(name, got=tuple(tensor.shape), want=f"{tuple(shape)}", remedy="One value per feature.")
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise ShapeError(name, got=tensor.dtype, want=f"one of {DTYPES}", remedy="Use backend='reference'.")
-    if eps <= 0.0:
-        raise ConfigError("eps", got=eps, want="a positive number", remedy="LayerNorm's usual value is 1e-5.")
-    if not 0.0 <= dropout <= 1.0:
-        raise ConfigError("dropout", got=dropout, want="a probability, 0 to 1", remedy="Pass 0.0 to switch it off.")

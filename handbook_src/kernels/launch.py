@@ -1,0 +1,65 @@
+"""What every kernel's launcher needs before it launches: checks, rows, and the size of the GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from handbook_src.dispatch import needs_for_triton
+from handbook_src.errors import KernelUnavailable, ShapeError
+
+#: Threads of a warp: 64 on AMD's CDNA; a program has at most 1024 threads on either.
+LANES = 64 if torch.version.hip else 32
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Return ``x`` as rows whose last axis is contiguous; a view wherever one exists."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Return how many programs run at the same time at least; 3 under the interpreter, so that partials are several."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
+
+def check_tensors(
+    op: str,
+    x: Tensor,
+    dtypes: Collection[torch.dtype],
+    *,
+    like_x: Mapping[str, Tensor | None],
+    per_feature: Mapping[str, Tensor | None],
+) -> None:
+    """Refuse what the kernel would read wrongly.
+
+    Args:
+        op: the operation's name, for the message.
+        x: the activations.
+        dtypes: the dtypes the kernel takes.
+        like_x: tensors that must have ``x``'s shape.
+        per_feature: tensors with one value per feature.
+
+    Raises:
+        KernelUnavailable: a tensor is where no kernel can run.
+        ShapeError: a shape, device or dtype does not fit.
+    """
+    tensors = {"x": x, **like_x, **per_feature}
+    missing = needs_for_triton(*tensors.values())
+    if missing is not None:
+        raise KernelUnavailable(op, got=f"a tensor on {x.device}", want=missing, remedy="Use backend='auto'.")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ShapeError("x", got=tuple(x.shape), want="a last axis of one feature or more", remedy="Check the input.")
+    for name, tensor in tensors.items():
+        want = x.shape[-1:] if name in per_feature else x.shape
+        if tensor is None:
+            continue
+        if tensor.shape != want:
+            raise ShapeError(name, got=tuple(tensor.shape), want=str(tuple(want)), remedy=f"x is {tuple(x.shape)}.")
+        if tensor.device != x.device:
+            raise ShapeError(name, got=tensor.device, want=str(x.device), remedy=f"Move {name} beside x.")
+        if tensor.dtype not in dtypes:
+            raise ShapeError(name, got=tensor.dtype, want=f"one of {dtypes}", remedy="Use backend='reference'.")

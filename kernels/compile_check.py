@@ -1,0 +1,252 @@
+"""Compile, for GPUs that this machine does not have, exactly what a public op launches; report what the compiler made.
+
+    python kernels/compile_check.py                      table of every case, exit status 1 on a problem
+    python kernels/compile_check.py --csv FILE           the same as CSV
+    python kernels/compile_check.py --triton FOLDER      with the Triton installed in FOLDER (pip install --target)
+    python kernels/compile_check.py --targets sm90 --cases rms
+
+The op runs on CPU tensors; a launch is caught before it starts and compiled instead, so grids, constexprs, argument
+types and the divisibility that 16-byte loads rest on are those of the real call, not a copy of them kept here.  The
+Triton wheel carries ptxas, nvdisasm and LLVM for AMD: no CUDA, no ROCm, no driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+# sys.path[0] is this folder when run as a script; the handbook is imported as installed, or from the checkout.
+HERE = Path(__file__).resolve().parent
+SHARED_LIMIT = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
+COLUMNS = [
+    "case", "target", "kernel", "warps", "registers", "spilled_bytes", "shared_bytes",
+    "loads", "loads_16_bytes", "stores", "stores_16_bytes", "instructions", "triton", "torch", "problem",
+]  # fmt: skip
+
+
+class Case(NamedTuple):
+    """One call of a public op, forward and backward."""
+
+    name: str
+    call: Callable[[], None]
+
+
+def targets() -> dict[str, Any]:
+    """Return the GPUs compiled for: Ampere, Hopper, Blackwell and AMD's CDNA3."""
+    from triton.backends.compiler import GPUTarget
+
+    return {
+        "sm80": GPUTarget("cuda", 80, 32),
+        "sm90": GPUTarget("cuda", 90, 32),
+        "sm100": GPUTarget("cuda", 100, 32),
+        "gfx942": GPUTarget("hip", "gfx942", 64),
+    }
+
+
+def norm_cases() -> list[Case]:
+    """Return the cases of the norm kernels: each flag, dtype and path of the launcher."""
+    import torch
+
+    from handbook_src.kernels import norm
+
+    def case(
+        name: str, rows: int, cols: int, *, x: torch.dtype = torch.bfloat16, centre: bool = False,
+        affine: bool = True, fused: bool = False, dropout: float = 0.0, stream: torch.dtype | None = None,
+    ) -> Case:  # fmt: skip
+        def call() -> None:
+            a = torch.zeros(rows, cols, dtype=x, requires_grad=True)
+            r = torch.zeros(rows, cols, dtype=stream or x, requires_grad=True) if fused else None
+            w = torch.ones(cols, dtype=stream or x, requires_grad=True) if affine else None
+            b = torch.zeros(cols, dtype=stream or x, requires_grad=True) if affine and centre else None
+            y, z = norm.dropout_add_norm_triton(a, r, w, b, dropout=dropout, centre=centre)
+            (y.sum() + z.sum() if fused else y.sum()).backward()
+
+        return Case(name, call)
+
+    fp16, fp32 = torch.float16, torch.float32
+    layer, drop = {"centre": True}, {"centre": True, "fused": True, "dropout": 0.1}
+    return [
+        *(case(f"rms bf16 {n}", 8, n) for n in (64, 256, 1024, 4096, 8192, 16384, 32768, 65536)),
+        *(case(f"layer bf16 {n}", 8, n, **layer) for n in (1024, 4096, 8192, 32768, 65536)),
+        *(case(f"layer fp32 {n}", 8, n, **layer, x=fp32) for n in (4096, 8192, 32768)),
+        case("layer fp16 4096", 8, 4096, **layer, x=fp16),
+        case("layer bf16 4096 no affine", 8, 4096, **layer, affine=False),
+        case("rms bf16 4095", 8, 4095),
+        *(case(f"add rms bf16 {n}", 8, n, fused=True) for n in (4096, 8192, 32768)),
+        case("add layer fp32 32768", 8, 32768, **layer, fused=True, x=fp32),
+        *(case(f"add layer bf16 stream fp32 {n}", 8, n, **layer, fused=True, stream=fp32) for n in (4096, 8192, 32768)),
+        *(case(f"dropout add layer bf16 {n}", 8, n, **drop) for n in (1024, 4096, 8192, 16384, 32768, 65536)),
+        *(case(f"dropout add layer fp32 {n}", 8, n, **drop, x=fp32) for n in (4096, 8192, 16384)),
+        *(case(f"dropout add layer bf16 stream fp32 {n}", 8, n, **drop, stream=fp32) for n in (4096, 8192, 16384)),
+        case("dropout add rms bf16 4096", 8, 4096, fused=True, dropout=0.1),
+    ]
+
+
+def fake_driver(target: Any) -> Any:
+    """Return what Triton asks of a GPU driver, answered for ``target`` without one."""
+    import torch
+
+    arch = target.arch
+    # Triton keeps compiled kernels per device number: one number per target.
+    number = 1000 + (arch if isinstance(arch, int) else sum(map(ord, arch)))
+    properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": target.warp_size}
+    return SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: number,
+        get_current_stream=lambda device=None: 0,
+        set_current_device=lambda device: None,
+        get_active_torch_device=lambda: torch.device("cpu"),
+        utils=SimpleNamespace(get_device_properties=lambda device: properties),
+    )
+
+
+@contextmanager
+def captured(target: Any) -> Iterator[list[tuple[str, Any]]]:
+    """Compile instead of launching; yield the list that fills with (kernel name, compiled kernel).
+
+    The driver stays replaced: where there is no GPU there is none to put back, so this wants a process of its own.
+    """
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction, KernelInterface
+
+    from handbook_src.kernels import launch, norm
+
+    found: list[tuple[str, Any]] = []
+
+    def instead(self: Any, grid: Any) -> Callable[..., None]:
+        if not isinstance(self, JITFunction):
+            raise TypeError(f"{self}: autotuned kernels are not captured; add the loop over their configurations")
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            found.append((self.__name__, self.warmup(*args, grid=grid, **kwargs)))
+
+        return launch
+
+    kept = KernelInterface.__getitem__, launch.needs_for_triton, norm.LANES
+    KernelInterface.__getitem__ = instead
+    launch.needs_for_triton, norm.LANES = (lambda *tensors: None), target.warp_size
+    driver.set_active(fake_driver(target))
+    try:
+        yield found
+    finally:
+        KernelInterface.__getitem__, launch.needs_for_triton, norm.LANES = kept
+
+
+def report(compiled: Any, target: str) -> dict[str, Any]:
+    """Return what the compiler made: registers, spills, memory, wide loads; and what is wrong with it."""
+    row: dict[str, Any] = {"warps": compiled.metadata.num_warps, "shared_bytes": compiled.metadata.shared}
+    row |= _amd(compiled.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(compiled)
+    problems = []
+    if row["spilled_bytes"]:
+        problems.append(f"spills {row['spilled_bytes']} bytes")
+    if row["shared_bytes"] > SHARED_LIMIT[target]:
+        problems.append(f"shared memory {row['shared_bytes']} > {SHARED_LIMIT[target]}")
+    return row | {"problem": "; ".join(problems)}
+
+
+def _nvidia(compiled: Any) -> dict[str, Any]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _output(tools / "cuobjdump", "-res-usage", cubin)
+        sass = _output(tools / "nvdisasm", "-c", cubin)
+    # A spill is local memory: loads LDL, stores STL, four bytes a lane and instruction unless they say otherwise.
+    local = re.findall(r"\bSTL(?:\.(\d+))?", sass)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spilled_bytes": sum(int(bits or 32) // 8 for bits in local),
+        "loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.", sass)),
+        "loads_16_bytes": len(re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*\.128", sass)),
+        "stores": len(re.findall(r"\bSTG\.", sass)),
+        "stores_16_bytes": len(re.findall(r"\bSTG\.E[\w.]*\.128", sass)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+    }
+
+
+def _amd(assembly: str) -> dict[str, Any]:
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, assembly))
+
+    def value(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
+
+    return {
+        "registers": value("vgpr_count"),
+        "spilled_bytes": 4 * value("vgpr_spill_count"),
+        "loads": count(r"\b(?:global|buffer)_load_"),
+        "loads_16_bytes": count(r"\b(?:global|buffer)_load_dwordx4"),
+        "stores": count(r"\b(?:global|buffer)_store_"),
+        "stores_16_bytes": count(r"\b(?:global|buffer)_store_dwordx4"),
+        "instructions": count(r"(?m)^\t[vs]_"),
+    }
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
+
+
+def check(wanted: list[str], match: str) -> list[dict[str, Any]]:
+    """Compile every case whose name holds ``match`` for the ``wanted`` targets; return one row a kernel."""
+    import torch
+    import triton
+
+    rows = []
+    for name in wanted:
+        for case in norm_cases():
+            if match not in case.name:
+                continue
+            with captured(targets()[name]) as kernels:
+                case.call()
+            for kernel, compiled in kernels:
+                facts = report(compiled, name)
+                rows.append(
+                    {"case": case.name, "target": name, "kernel": kernel, **facts}
+                    | {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
+                )
+    return rows
+
+
+def main() -> int:
+    """Print the table; return 1 where a kernel spills on sm90 or does not fit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", default="sm80,sm90,sm100,gfx942")
+    parser.add_argument("--cases", default="", help="only cases whose name holds this")
+    parser.add_argument("--csv", type=Path, help="write the table here as well")
+    parser.add_argument("--triton", type=Path, help="folder of another Triton")
+    options = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined: must be unset by then
+    if options.triton:
+        sys.path.insert(0, str(options.triton.resolve()))
+    rows = check(options.targets.split(","), options.cases)
+    print(f"{'case':42} {'target':7} {'kernel':15} warps  regs spill shared  ld128/ld  st128/st instr")
+    for r in rows:
+        print(
+            f"{r['case']:42} {r['target']:7} {r['kernel']:15} {r['warps']:5} {r['registers']:5} {r['spilled_bytes']:5} "
+            f"{r['shared_bytes']:6} {r['loads_16_bytes']:5}/{r['loads']:<4} {r['stores_16_bytes']:4}/{r['stores']:<4} "
+            f"{r['instructions']:5} {r['problem']}"
+        )
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    failed = [r for r in rows if r["problem"] and (r["target"] == "sm90" or "shared" in r["problem"])]
+    print(f"{len(rows)} kernels compiled by triton {rows[0]['triton']}, {len(failed)} refused")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
