@@ -1,4 +1,4 @@
-"""Attention as functions: scaled dot-product, additive (Bahdanau) and multiplicative (Luong).
+"""Scaled dot-product attention as a function.
 
 Tensors are batch first and features last; heads stand before features (``b t h e``).
 A mask is a rule of :mod:`handbook_src.functional.mask`, a boolean tensor (true =
@@ -8,7 +8,6 @@ may attend) or a floating tensor that is added to the scores.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
 
 MaskLike = Mask | Bool[Tensor, "..."] | Float[Tensor, "..."]
-LuongScore = Literal["dot", "general", "concat"]
 
 
 def scaled_dot_product_attention(
@@ -66,18 +64,18 @@ def scaled_dot_product_attention(
         Vaswani et al. 2017, eq. 1, arXiv:1706.03762
     """
     _check_qkv(q, k, v)
-    _check_numbers(scale, dropout)
+    check_numbers(scale, dropout)
     chosen = resolve("scaled_dot_product_attention", backend, {"torch": None, "reference": None})
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     mask = _joined(mask, causal, q, k)
     if chosen == "torch":
         return _torch(q, k, v, mask, scale, dropout)
     mask = _dense(mask, q, k)
-    (q, k, v), (bad_q, bad_k, bad_v) = _without_nan(q, k, v)
+    (q, k, v), (bad_q, bad_k, bad_v) = without_nan(q, k, v)
     weights = _weights(q, k, mask, scale)
     weights = F.dropout(weights, dropout) if dropout else weights
     out = torch.einsum("bhts,bshc->bthc", weights.to(v.dtype), _for_each_head(v, q))
-    return out.masked_fill(_broken(bad_q, bad_k | bad_v, mask).transpose(1, 2), math.nan)
+    return out.masked_fill(broken_rows(bad_q, bad_k | bad_v, mask).transpose(1, 2), math.nan)
 
 
 def attention_weights(
@@ -109,110 +107,11 @@ def attention_weights(
         Vaswani et al. 2017, eq. 1, arXiv:1706.03762
     """
     _check_qkv(q, k, k)
-    _check_numbers(scale, 0.0)
+    check_numbers(scale, 0.0)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     mask = _dense(_joined(mask, causal, q, k), q, k)
-    (q, k), bad = _without_nan(q, k)
-    return _weights(q, k, mask, scale).to(q.dtype).masked_fill(_broken(bad[0], bad[1], mask), math.nan)
-
-
-def additive_attention(
-    query: Float[Tensor, "b t f"],
-    key: Float[Tensor, "b s f"],
-    value: Float[Tensor, "b s d"],
-    vector: Float[Tensor, " f"],
-    mask: MaskLike | None = None,
-    *,
-    dropout: float = 0.0,
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t s"]]:
-    r"""Score each key with a small network, as the first attention did (Bahdanau).
-
-    .. math::
-        e_{ij} = v_a^\top \tanh(W_a s_{i-1} + U_a h_j), \qquad
-        \alpha_{ij} = \operatorname{softmax}_j(e_{ij}), \qquad c_i = \sum_j \alpha_{ij} h_j
-
-    The products come in ready: ``query`` is :math:`W_a s_{i-1}`, ``key`` is :math:`U_a h_j`,
-    which is the same for all queries.  The tanh is taken on ``b t s f`` numbers, so
-    memory grows with ``f`` where a dot product needs ``b t s``.
-
-    Args:
-        query: projected states.
-        key: projected annotations.
-        value: annotations :math:`h_j`.
-        vector: :math:`v_a`.
-        mask: a rule, or a tensor that is ``t s`` or broadcasts to ``b t s``.
-        dropout: share of the weights that are dropped; pass 0 outside training.
-
-    Returns:
-        The context :math:`c` and the weights :math:`\alpha`.
-
-    Raises:
-        ShapeError: shapes that don't fit.
-        ConfigError: ``dropout`` outside [0, 1).
-
-    Source:
-        Bahdanau et al. 2015, eqs. 5 and 6 and appendix A.1.2, arXiv:1409.0473
-    """
-    _check_numbers(None, dropout)
-    if not (query.shape[-1] == key.shape[-1] == len(vector)):
-        got = f"{query.shape[-1]}, {key.shape[-1]} and {len(vector)} features"
-        _refuse("additive attention's query, key and vector", got, "equal widths", "Project both to the same width.")
-    (query, key, value), bad = _without_nan(query, key, value)
-    scores = torch.tanh(query[:, :, None] + key[:, None]) @ vector
-    return _contexts(scores, value, mask, bad, dropout)
-
-
-def multiplicative_attention(
-    query: Float[Tensor, "b t d1"],
-    key: Float[Tensor, "b s d2"],
-    value: Float[Tensor, "b s d3"],
-    score: LuongScore = "dot",
-    weight: Float[Tensor, "rows columns"] | None = None,
-    vector: Float[Tensor, " rows"] | None = None,
-    mask: MaskLike | None = None,
-    *,
-    dropout: float = 0.0,
-) -> tuple[Float[Tensor, "b t d3"], Float[Tensor, "b t s"]]:
-    r"""Score each key by a product with the query (Luong's global attention).
-
-    .. math::
-        \operatorname{score}(h_t, \bar h_s) = \begin{cases}
-            h_t^\top \bar h_s & \textit{dot} \\
-            h_t^\top W_a \bar h_s & \textit{general} \\
-            v_a^\top \tanh(W_a [h_t; \bar h_s]) & \textit{concat} \end{cases}
-
-    No scale: the scores grow with the width.  ``concat`` multiplies both halves of
-    :math:`W_a` before it adds, which makes it :func:`additive_attention`.
-
-    Args:
-        query: target states :math:`h_t`.
-        key: source states :math:`\bar h_s`.
-        value: what is averaged; the source states in the paper.
-        score: ``dot``, ``general`` or ``concat``.
-        weight: :math:`W_a`: ``d1 d2`` for general, ``rows d1+d2`` for concat.
-        vector: :math:`v_a` for concat.
-        mask: a rule, or a tensor that is ``t s`` or broadcasts to ``b t s``.
-        dropout: share of the weights that are dropped; pass 0 outside training.
-
-    Returns:
-        The context and the weights.
-
-    Raises:
-        ConfigError: an unknown score, a weight or vector missing or not used,
-            ``dropout`` outside [0, 1).
-        ShapeError: shapes that don't fit.
-
-    Source:
-        Luong et al. 2015, section 3.1, arXiv:1508.04025
-    """
-    _check_numbers(None, dropout)
-    _check_luong(query, key, score, weight, vector)
-    if score == "concat" and weight is not None and vector is not None:
-        of_query, of_key = weight.split([query.shape[-1], key.shape[-1]], dim=1)
-        return additive_attention(query @ of_query.T, key @ of_key.T, value, vector, mask, dropout=dropout)
-    (query, key, value), bad = _without_nan(query, key, value)
-    scores = (query if weight is None else query @ weight) @ key.mT
-    return _contexts(scores, value, mask, bad, dropout)
+    (q, k), bad = without_nan(q, k)
+    return _weights(q, k, mask, scale).to(q.dtype).masked_fill(broken_rows(bad[0], bad[1], mask), math.nan)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | None, scale: float, dropout: float) -> Tensor:
@@ -220,7 +119,9 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | None, scale: float,
     t, s = q.shape[1], k.shape[1]
     if mask is causal_rule and t == 1:
         mask = None
-    is_causal = mask is causal_rule and t == s
+    is_causal = False
+    if mask is causal_rule and t == s:  # a branch, because torch 2.11 takes no symbolic bool below
+        is_causal = True
     bias: Tensor | None = None
     if mask is not None and not is_causal:
         bias = mask.sdpa(t, s, device=q.device) if isinstance(mask, Mask) else mask
@@ -252,10 +153,10 @@ def _blank(k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return _masked_softmax(torch.einsum("bthe,bshe->bhts", q, _for_each_head(k, q)) * scale, mask)
+    return masked_softmax(torch.einsum("bthe,bshe->bhts", q, _for_each_head(k, q)) * scale, mask)
 
 
-def _masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax over the allowed keys, in float32 at least; a row without any is all zero."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is None:
@@ -268,35 +169,16 @@ def _masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1).masked_fill(hidden, 0.0)
 
 
-def _contexts(
-    scores: Tensor, value: Tensor, mask: MaskLike | None, bad: list[Tensor], dropout: float
-) -> tuple[Tensor, Tensor]:
-    """Weights and contexts of one head: ``b t s`` and ``b t d``."""
-    b, t, s = scores.shape
-    mask = mask if mask is None or isinstance(mask, Mask) else _with_head(mask)
-    _check_mask(mask, b, 1, t, s)
-    if isinstance(mask, Mask):
-        mask = mask.sdpa(t, s, device=scores.device)
-    weights = _masked_softmax(scores[:, None], mask)[:, 0].to(value.dtype)
-    weights = F.dropout(weights, dropout) if dropout else weights
-    broken = _broken(bad[0][..., None], (bad[1] | bad[2])[..., None], mask)[:, 0]
-    return (weights @ value).masked_fill(broken, math.nan), weights.masked_fill(broken, math.nan)
-
-
-def _with_head(mask: Tensor) -> Tensor:
-    return rearrange(mask, "b t s -> b 1 t s") if mask.ndim == 3 else mask
-
-
 def _allowed(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else ~mask.isneginf()
 
 
-def _without_nan(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def without_nan(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Replace NaN and infinity by zero; also say in which vectors one stood."""
     return [x.nan_to_num(0.0, 0.0, 0.0) for x in tensors], [~x.isfinite().all(-1) for x in tensors]
 
 
-def _broken(bad_q: Tensor, bad_k: Tensor, mask: Tensor | None) -> Tensor:
+def broken_rows(bad_q: Tensor, bad_k: Tensor, mask: Tensor | None) -> Tensor:
     """Rows, ``b h t 1``, whose query is not finite or that may see a key or value that is not."""
     groups = bad_q.shape[2] // bad_k.shape[2]
     seen = repeat(bad_k, "b s g -> b (g r) 1 s", r=groups)
@@ -317,12 +199,12 @@ def _joined(mask: MaskLike | None, causal: bool, q: Tensor, k: Tensor) -> MaskLi
     """Check the mask, and join it with the causal rule."""
     b, t, h, _ = q.shape
     s = k.shape[1]
-    _check_mask(mask, b, h, t, s)
+    check_mask(mask, b, h, t, s)
     if mask is full:
         mask = None
     if not causal:
         return mask
-    _check_mask(causal_rule, b, h, t, s)
+    check_mask(causal_rule, b, h, t, s)
     if mask is None or mask is causal_rule:
         return causal_rule
     if isinstance(mask, Mask):
@@ -331,33 +213,33 @@ def _joined(mask: MaskLike | None, causal: bool, q: Tensor, k: Tensor) -> MaskLi
     return mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -math.inf)
 
 
-def _check_mask(mask: MaskLike | None, b: int, h: int, t: int, s: int) -> None:
+def check_mask(mask: MaskLike | None, b: int, h: int, t: int, s: int) -> None:
     if mask is None:
         return
     if isinstance(mask, Mask):
         mask._start(t, s, None)
         shape: tuple[int, ...] = (mask.batch or 1, mask.heads or 1, t, s)
     elif mask.dtype != torch.bool and not mask.is_floating_point():
-        _refuse("attention mask dtype", mask.dtype, "bool or floating", "Use mask.bool(), where true = may attend.")
+        refuse("attention mask dtype", mask.dtype, "bool or floating", "Use mask.bool(), where true = may attend.")
     else:
         shape = tuple(mask.shape)
     fits = len(shape) in (2, 4) and all(n in (1, m) for n, m in zip(shape[::-1], (s, t, h, b), strict=False))
     if not fits or shape[-1:] == (1,) != (s,):
         want = f"({t}, {s}) or broadcastable to {(b, h, t, s)}"
-        _refuse("attention mask", shape, want, "Name all four axes, b h t s, where it differs by sample or head.")
+        refuse("attention mask", shape, want, "Name all four axes, b h t s, where it differs by sample or head.")
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.ndim == k.ndim == v.ndim == 4):
-        _refuse("attention inputs", shapes, "four axes, b t h e", "Split the features into heads first.")
+        refuse("attention inputs", shapes, "four axes, b t h e", "Split the features into heads first.")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        _refuse("attention inputs", shapes, "q (b, t, h, e), k (b, s, g, e), v (b, s, g, c)", "Heads stand third.")
+        refuse("attention inputs", shapes, "q (b, t, h, e), k (b, s, g, e), v (b, s, g, c)", "Heads stand third.")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        _refuse("attention heads", f"{q.shape[2]} query, {k.shape[2]} key", "a multiple", "Share each key head evenly.")
+        refuse("attention heads", f"{q.shape[2]} query, {k.shape[2]} key", "a multiple", "Share each key head evenly.")
 
 
-def _check_numbers(scale: float | None, dropout: float) -> None:
+def check_numbers(scale: float | None, dropout: float) -> None:
     if scale is not None and not scale > 0:
         raise ConfigError("attention scale", got=scale, want="a positive number", remedy="Leave it out for 1/sqrt(e).")
     if not 0.0 <= dropout < 1.0:
@@ -366,21 +248,5 @@ def _check_numbers(scale: float | None, dropout: float) -> None:
         )
 
 
-def _check_luong(query: Tensor, key: Tensor, score: str, weight: Tensor | None, vector: Tensor | None) -> None:
-    wants = {"dot": (False, False), "general": (True, False), "concat": (True, True)}
-    if score not in wants:
-        raise ConfigError("Luong score", got=repr(score), want=f"one of {list(wants)}", remedy="The paper has these.")
-    given = (weight is not None, vector is not None)
-    if given != wants[score]:
-        want = {"dot": "neither weight nor vector", "general": "weight alone", "concat": "weight and vector"}[score]
-        raise ConfigError(f"Luong score {score!r}", got=f"(weight, vector) {given}", want=want, remedy="Pass these.")
-    d1, d2 = query.shape[-1], key.shape[-1]
-    if score == "dot" and d1 != d2:
-        _refuse("Luong's dot score", f"{d1} and {d2} features", "equal widths", "Use score='general'.")
-    want_shape = (d1, d2) if score == "general" else (len(vector) if vector is not None else 0, d1 + d2)
-    if weight is not None and tuple(weight.shape) != want_shape:
-        _refuse(f"Luong's weight for {score}", tuple(weight.shape), f"{want_shape}", "See the equation.")
-
-
-def _refuse(what: str, got: object, want: str, remedy: str) -> None:
+def refuse(what: str, got: object, want: str, remedy: str) -> None:
     raise ShapeError(what, got=got, want=want, remedy=remedy)
