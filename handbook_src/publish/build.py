@@ -150,9 +150,7 @@ def _build(the: Book, options: Options, render: Render) -> int:
     made = plan(the, wanted, others, options)
     jobs = min(options.jobs or cores(), max(len(made.tasks), 1))
     threads = 1 if options.parameters.get("quick", True) else max(1, cores() // jobs)
-    print(
-        f"{len(wanted)} chapters: {len(made.tasks)} to execute, {jobs} at a time; the rest is cached.", flush=True
-    )
+    print(f"{len(wanted)} chapters: {len(made.tasks)} to execute, {jobs} at a time; the rest is cached.", flush=True)
     ran = execute(the, made, jobs, threads)
     outcomes = settle(stage, everything, made, ran, left_out)
     by_page = {c.page: c for c in everything}
