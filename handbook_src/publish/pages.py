@@ -1,9 +1,9 @@
 """Directives that draw pages from the catalogue, so that no count or row is typed.
 
 ``{handbook-components}`` the index of components, ``{handbook-claims}`` the ledger,
-``{handbook-counts}`` the figures of the front page, ``{handbook-map}`` one square a
-component, ``{handbook-hero}`` the front page's figure and ``{handbook-modules}`` the
-API reference of a package. All emit plain tables and lists that read without
+``{handbook-modules}`` the API reference of a package; for the front page
+``{handbook-counts}``, ``{handbook-verdicts}``, ``{handbook-map}`` with one square a
+component, and ``{handbook-hero}``. All emit plain tables and lists that read without
 JavaScript; ``handbook-filter.js`` adds the filters.
 """
 
@@ -187,6 +187,30 @@ class Counts(CataloguePage):
         return [nodes.raw("", f'<ul class="handbook-counts">{items}</ul>', format="html")]
 
 
+class Verdicts(CataloguePage):
+    """A few settled claims for the front page, those that surprise first."""
+
+    WANTED = ("fails", "depends", "fails", "holds")
+
+    def run(self) -> list[nodes.Node]:
+        self.note_tables()
+        settled = [e for e in self.entries() if e.verdict != "open"]
+        chosen: list[Entry] = []
+        for verdict in self.WANTED:
+            chosen += [e for e in settled if e.verdict == verdict and e not in chosen][:1]
+        chosen += [e for e in settled if e not in chosen][: len(self.WANTED) - len(chosen)]
+        items = [nodes.list_item("", *self.verdict(e)) for e in chosen]
+        return [nodes.bullet_list("", *items, classes=["handbook-verdicts"])] if items else []
+
+    def verdict(self, e: Entry) -> Cell:
+        claim = e.claim[0].upper() + e.claim[1:]
+        cell = page_reference(self.env.docname, e.chapter, e.anchor, "the cell")
+        return [
+            paragraph(tag(e.verdict, "verdict"), " ", nodes.strong("", claim)),
+            paragraph(e.because, " (", cell, ")", css="synonyms"),
+        ]
+
+
 class Map(CataloguePage):
     """The parts of the book, one square a component, filled where it is published."""
 
@@ -261,6 +285,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
         "components": Components,
         "claims": Claims,
         "counts": Counts,
+        "verdicts": Verdicts,
         "map": Map,
         "hero": Hero,
         "modules": Modules,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -17,6 +18,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
 
+from handbook_src import catalogue
 from handbook_src.catalogue import components
 
 GLOSSARY = "book/glossary"
@@ -128,6 +130,8 @@ class ComponentIndex(SphinxTransform):
         wanted = {c.id: c for c in components() if c.status == "published" and c.chapter == here}
         if here == INDEX:
             wanted |= {f"component-{c.id}": c for c in components() if c.status != "published"}
+        if here == INDEX or self.env.doc2path(here).endswith(".ipynb"):
+            self.env.note_dependency(str(Path(catalogue.__file__).parent / "components.tsv"))
         for node in list(self.document.findall(nodes.Element)) if wanted else []:
             for anchor in [i for i in node.get("ids", []) if i in wanted]:
                 place(node, wanted.pop(anchor).names, anchor)
