@@ -119,9 +119,12 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | None, scale: float,
     t, s = q.shape[1], k.shape[1]
     if mask is causal_rule and t == 1:
         mask = None
-    is_causal = False
-    if mask is causal_rule and t == s:  # a branch, because torch 2.11 takes no symbolic bool below
+    # branches: under torch.compile sizes may be symbols, and torch's operation takes no symbolic flag
+    is_causal = grouped = False
+    if mask is causal_rule and t == s:
         is_causal = True
+    if q.shape[2] != k.shape[2]:
+        grouped = True
     bias: Tensor | None = None
     if mask is not None and not is_causal:
         bias = mask.sdpa(t, s, device=q.device) if isinstance(mask, Mask) else mask
@@ -136,7 +139,7 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | None, scale: float,
         dropout_p=dropout,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=grouped,
     )
     if bias is not None and bias.device.type != "cpu":  # CPU gives zeros by itself (torch 2.11 to 2.13)
         out = out.masked_fill(~_allowed(bias).any(-1, keepdim=True), 0.0)

@@ -1,4 +1,4 @@
-"""Attention as layers: multi-head (self and cross), Bahdanau's and Luong's."""
+"""Attention as layers: multi-head, self, cross, bidirectional, causal."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import (
-    LuongScore,
     MaskLike,
-    additive_attention,
     attention_weights,
-    multiplicative_attention,
     scaled_dot_product_attention,
 )
-from handbook_src.functional.mask import Mask, full
+from handbook_src.functional.mask import Mask, causal, full
 
 
 @runtime_checkable
@@ -189,7 +186,6 @@ class MultiHeadAttention(nn.Module):
         return f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, dropout={self.dropout}{pruned}"
 
 
-@final
 class SelfAttention(MultiHeadAttention):
     r"""Attention of a sequence to itself: queries, keys and values are made of the same vectors.
 
@@ -235,6 +231,60 @@ class SelfAttention(MultiHeadAttention):
 
 
 @final
+class BidirectionalAttention(SelfAttention):
+    r"""Self-attention in which every position sees every position: an encoder's.
+
+    .. math:: M(t, s) = 1
+
+    Args:
+        dim: features of ``x`` and of the output.
+        heads: number of heads; 1 is the plain form.
+        dropout: share of the weights dropped in training.
+        bias: whether the projections have one.
+
+    Shape:
+        ``x`` and the output are ``b t d``.
+
+    Typical values:
+        12 heads of 64 in BERT-base and ViT-B.
+
+    Source:
+        Vaswani et al. 2017, section 3.2.3, arXiv:1706.03762; Devlin et al. 2018, arXiv:1810.04805
+    """
+
+    def __init__(self, dim: int, heads: int = 1, *, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(dim, heads, rule=full, dropout=dropout, bias=bias)
+
+
+@final
+class CausalAttention(SelfAttention):
+    r"""Self-attention in which a position sees itself and what came before: a decoder's.
+
+    .. math:: M(t, s) = [s \le t]
+
+    With a cache the ``t`` new positions are the last ones, and see all of it.
+
+    Args:
+        dim: features of ``x`` and of the output.
+        heads: number of heads; 1 is the plain form.
+        dropout: share of the weights dropped in training.
+        bias: whether the projections have one.
+
+    Shape:
+        ``x`` and the output are ``b t d``.
+
+    Typical values:
+        12 heads of 64 in GPT-2 small, 32 of 128 in Llama 7B.
+
+    Source:
+        Vaswani et al. 2017, section 3.2.3, arXiv:1706.03762
+    """
+
+    def __init__(self, dim: int, heads: int = 1, *, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(dim, heads, rule=causal, dropout=dropout, bias=bias)
+
+
+@final
 class CrossAttention(MultiHeadAttention):
     r"""Attention of one sequence to another: queries from ``x``, keys and values from ``memory``.
 
@@ -268,139 +318,3 @@ class CrossAttention(MultiHeadAttention):
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to ``memory``; ``mask`` is most often ``padding(lengths)`` of the memory."""
         return super().forward(x, memory, mask)
-
-
-@final
-class BahdanauAttention(nn.Module):
-    r"""Additive attention: a small network scores how well a state matches an annotation.
-
-    See :func:`handbook_src.functional.attention.additive_attention`.
-
-    Args:
-        query_dim: features of the decoder's state.
-        key_dim: features of the annotations.
-        hidden_dim: width of the scoring network.
-
-    Shape:
-        ``query`` is ``b t query_dim``, ``memory`` is ``b s key_dim``; returns the context
-        ``b t key_dim`` and the weights ``b t s``.
-
-    Typical values:
-        query_dim 1000, key_dim 2000 (both directions), hidden_dim 1000 in the paper.
-
-    Raises:
-        ConfigError: a size that is not positive.
-
-    Source:
-        Bahdanau et al. 2015, eqs. 5 and 6 and appendix A.1.2, arXiv:1409.0473
-    """
-
-    def __init__(self, query_dim: int, key_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        _positive(query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim)
-        self.query_proj = nn.Linear(query_dim, hidden_dim, bias=False)
-        self.key_proj = nn.Linear(key_dim, hidden_dim, bias=False)
-        self.vector = nn.Parameter(torch.empty(hidden_dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights as ``nn.Linear`` does (the paper's tiny ones start as a plain mean)."""
-        self.query_proj.reset_parameters()
-        self.key_proj.reset_parameters()
-        nn.init.normal_(self.vector, std=len(self.vector) ** -0.5)
-
-    def keys(self, memory: Float[Tensor, "b s key_dim"]) -> Float[Tensor, "b s hidden_dim"]:
-        """Return :math:`U_a h_j`, which a decoder needs once for all its steps."""
-        return self.key_proj(memory)
-
-    def forward(
-        self,
-        query: Float[Tensor, "b t query_dim"],
-        memory: Float[Tensor, "b s key_dim"],
-        mask: MaskLike | None = None,
-        keys: Float[Tensor, "b s hidden_dim"] | None = None,
-    ) -> tuple[Float[Tensor, "b t key_dim"], Float[Tensor, "b t s"]]:
-        """Return the contexts and the weights; ``keys`` spares projecting the memory again."""
-        keys = self.keys(memory) if keys is None else keys
-        return additive_attention(self.query_proj(query), keys, memory, self.vector, mask)
-
-
-@final
-class LuongAttention(nn.Module):
-    """Multiplicative attention: a (bilinear) product scores how well a state matches a source state.
-
-    See :func:`handbook_src.functional.attention.multiplicative_attention`.
-
-    Args:
-        query_dim: features of the decoder's state.
-        key_dim: features of the source states; ``query_dim`` unless given.
-        score: ``dot`` (no parameters), ``general`` or ``concat``.
-        hidden_dim: width inside ``concat``; ``query_dim`` unless given.
-
-    Shape:
-        ``query`` is ``b t query_dim``, ``memory`` is ``b s key_dim``; returns the context
-        ``b t key_dim`` and the weights ``b t s``.
-
-    Typical values:
-        query_dim = key_dim = 1000 in the paper, where ``dot`` did best over the whole source.
-
-    Raises:
-        ConfigError: a size that is not positive, an unknown score, ``dot`` between
-            unequal widths.
-
-    Source:
-        Luong et al. 2015, section 3.1, arXiv:1508.04025
-    """
-
-    def __init__(
-        self,
-        query_dim: int,
-        key_dim: int | None = None,
-        *,
-        score: LuongScore = "general",
-        hidden_dim: int | None = None,
-    ) -> None:
-        super().__init__()
-        key_dim = query_dim if key_dim is None else key_dim
-        hidden_dim = query_dim if hidden_dim is None else hidden_dim
-        _positive(query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim)
-        if score not in ("dot", "general", "concat"):
-            raise ConfigError(
-                "Luong score", got=repr(score), want="dot, general or concat", remedy="The paper has these three."
-            )
-        if score == "dot" and query_dim != key_dim:
-            raise ConfigError(
-                "Luong's dot score",
-                got=f"query_dim {query_dim}, key_dim {key_dim}",
-                want="equal widths",
-                remedy="Use score='general'.",
-            )
-        self.score = score
-        shape = {"dot": None, "general": (query_dim, key_dim), "concat": (hidden_dim, query_dim + key_dim)}[score]
-        self.weight = None if shape is None else nn.Parameter(torch.empty(shape))
-        self.vector = nn.Parameter(torch.empty(hidden_dim)) if score == "concat" else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights: Glorot, and a vector of about unit length."""
-        if self.weight is not None:
-            nn.init.xavier_uniform_(self.weight)
-        if self.vector is not None:
-            nn.init.normal_(self.vector, std=len(self.vector) ** -0.5)
-
-    def forward(
-        self,
-        query: Float[Tensor, "b t query_dim"],
-        memory: Float[Tensor, "b s key_dim"],
-        mask: MaskLike | None = None,
-    ) -> tuple[Float[Tensor, "b t key_dim"], Float[Tensor, "b t s"]]:
-        """Return the contexts and the weights."""
-        return multiplicative_attention(query, memory, memory, self.score, self.weight, self.vector, mask)
-
-    def extra_repr(self) -> str:
-        return f"score={self.score!r}"
-
-
-def _positive(**sizes: int) -> None:
-    if min(sizes.values()) < 1:
-        raise ConfigError("attention sizes", got=sizes, want="all at least 1", remedy="Give positive sizes.")
