@@ -18,7 +18,7 @@ import nbformat
 from handbook_src.publish import report, site
 from handbook_src.publish.book import Book
 from handbook_src.publish.chapters import Chapter, Skip, chapters, choose, skips
-from handbook_src.publish.execute import Outcome, Task, entry, kernel_environment, read
+from handbook_src.publish.execute import Failure, Outcome, Task, entry, kernel_environment, read
 from handbook_src.publish.fingerprint import Fingerprints
 from handbook_src.publish.pool import Pool
 from handbook_src.publish.progress import Progress, clock, expected, keep_times, known_times
@@ -53,6 +53,7 @@ class Plan:
     tasks: list[Task] = field(default_factory=list)
     kept: dict[str, Path] = field(default_factory=dict)
     cells: dict[str, int] = field(default_factory=dict)
+    broken: list[Outcome] = field(default_factory=list)
 
 
 def plan(book: Book, wanted: list[Chapter], others: list[Chapter], options: Options) -> Plan:
@@ -60,8 +61,12 @@ def plan(book: Book, wanted: list[Chapter], others: list[Chapter], options: Opti
     prints = Fingerprints(book)
     made = Plan()
     for chapter in [*wanted, *others]:
-        notebook = read(chapter.source)
-        key = prints.key(notebook, chapter.page, options.parameters)
+        try:
+            notebook = read(chapter.source)
+            key = prints.key(notebook, chapter.page, options.parameters)
+        except Exception as error:  # a text that doesn't parse must not stop the other chapters
+            made.broken.append(Outcome(chapter.page, "failed", failure=Failure(f"its text can't be read: {error}")))
+            continue
         path, limit = entry(book, chapter, key), options.limit(chapter)
         made.kept[chapter.page] = path
         made.cells[chapter.page] = sum(c.cell_type == "code" for c in notebook.cells)
@@ -92,6 +97,7 @@ def execute(book: Book, made: Plan, jobs: int, threads: int) -> list[Outcome]:
     import matplotlib.font_manager  # noqa: F401  # builds the font cache once, and not with a warning in each kernel
 
     book.cache.mkdir(parents=True, exist_ok=True)
+    book.log.write_bytes(b"")
     progress = Progress(made.tasks, jobs, known_times(book), made.cells)
     try:
         with Pool(book, jobs, kernel_environment(book, threads)) as pool:
@@ -170,7 +176,7 @@ def settle(
     stage: Stage, everything: list[Chapter], made: Plan, ran: list[Outcome], left_out: dict[str, Skip]
 ) -> list[Outcome]:
     """Stage each chapter by what came of it; the outcomes in reading order."""
-    by_page = {o.page: o for o in [*made.cached, *ran]}
+    by_page = {o.page: o for o in [*made.cached, *made.broken, *ran]}
     outcomes = []
     for chapter in everything:
         outcome = by_page.get(chapter.page)

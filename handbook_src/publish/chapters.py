@@ -75,7 +75,12 @@ def header(path: Path) -> dict[str, Any]:
         return {}
     for end, line in enumerate(lines[1:], 1):
         if line.strip() == "---":
-            found = yaml.safe_load("\n".join(lines[1:end]))
+            try:
+                found = yaml.safe_load("\n".join(lines[1:end]))
+            except yaml.YAMLError as error:
+                raise ConfigError(
+                    f"{path.name}: header", got=str(error), want="YAML", remedy="Mend the block between the two ---."
+                ) from error
             return found if isinstance(found, dict) else {}
     return {}
 

@@ -89,17 +89,20 @@ def fill(root: Path, venv: Path, *, fresh: bool) -> None:
 
 def make_venv(root: Path, venv: Path, log: Path) -> None:
     """``python -m venv``, or virtualenv where the system's Python lacks ensurepip."""
+    base = sys.executable
+    if Path(sys.prefix).resolve() == venv.resolve():  # called from inside the .venv that is about to be emptied
+        base = getattr(sys, "_base_executable", base)
     empty(venv)
     try:
-        call([sys.executable, "-m", "venv", str(venv)], root, log)
+        call([base, "-m", "venv", str(venv)], root, log)
         return
     except SetupError:
         empty(venv)
     helper = root / "_build" / "virtualenv"
     try:  # --target needs no right to write into the system, which Debian and Ubuntu refuse
-        call([sys.executable, "-m", "pip", "install", "--target", str(helper), "--upgrade", "virtualenv"], root, log)
+        call([base, "-m", "pip", "install", "--target", str(helper), "--upgrade", "virtualenv"], root, log)
         call(
-            [sys.executable, "-m", "virtualenv", str(venv)],
+            [base, "-m", "virtualenv", str(venv)],
             root,
             log,
             env=dict(os.environ, PYTHONPATH=str(helper)),
@@ -127,6 +130,7 @@ def call(command: Sequence[str], root: Path, log: Path, env: dict[str, str] | No
     start = log.stat().st_size if log.exists() else 0
     settings = dict(os.environ if env is None else env)
     settings.pop("PYTHONSAFEPATH", None)
+    settings.update(PIP_USER="0", PIP_REQUIRE_VIRTUALENV="0")  # a person's own settings for other places
     with log.open("ab") as sink:
         code = subprocess.call(list(command), cwd=root, env=settings, stdout=sink, stderr=subprocess.STDOUT)
     if code:

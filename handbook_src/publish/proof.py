@@ -11,6 +11,9 @@ from handbook_src.publish import build
 from handbook_src.publish.book import Book
 from handbook_src.publish.execute import kernel_environment
 
+#: A cell that hangs must not hang CI: three times the longest budget, and something for a busy machine.
+CELL_SECONDS = 300
+
 
 def command(book: Book, jobs: int, rest: list[str]) -> list[str]:
     """The pytest call. Notebooks come first: they are the longest, and a file stays on one worker."""
@@ -20,6 +23,7 @@ def command(book: Book, jobs: int, rest: list[str]) -> list[str]:
         *(sys.executable, "-m", "pytest", "-q", "--durations=10"),
         *("-n", str(jobs), "--dist", "loadfile"),
         *("--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg"),
+        *("--nbval-cell-timeout", str(CELL_SECONDS)),
         *rest,
         *where,
     ]
@@ -41,8 +45,17 @@ def test(root: Path, options: build.Options, rest: list[str]) -> int:
     jobs = options.jobs or build.cores()
     line = command(book, jobs, rest)
     print("\nThe tests, and every notebook executed again and compared:\n  " + " ".join(line[1:]) + "\n", flush=True)
-    settings = {**os.environ, **kernel_environment(book)}
-    code = subprocess.call(line, cwd=root, env=settings)
+    code = call(line, root, {**os.environ, **kernel_environment(book)})
     if built:
         print("\nThe build failed before the tests (see above), so this run counts as failed.")
     return built or code
+
+
+def call(line: list[str], root: Path, settings: dict[str, str]) -> int:
+    """Wait for pytest even on Ctrl-C, which reaches it too: it then says what has run so far."""
+    process = subprocess.Popen(line, cwd=root, env=settings)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue

@@ -194,3 +194,13 @@ def test_long_tracebacks_are_cut_to_their_end(tiny):
     assert said.splitlines()[0] == "FAILED  book/a.md:9, cell 2"
     assert "frame 39" in said
     assert "frame 20" not in said
+
+
+def test_a_text_that_cannot_be_read_stops_no_other(tiny, capsys):
+    tiny.chapter("a", ":tags: [unclosed\n\n1")
+    tiny.chapter("b", "1")
+    assert tiny.build() == 1
+    said = capsys.readouterr().out
+    assert "its text can't be read" in said
+    assert "1 of 2 chapters failed" in said
+    assert text_of(staged(tiny, "b")) == ["1"]

@@ -74,3 +74,9 @@ def test_a_page_is_skipped_with_a_reason_until_a_date(tiny):
 def test_a_skip_that_is_over_or_incomplete_is_an_error(tiny, row, said):
     with refuses(ConfigError, *said):
         skip(tiny, **row)
+
+
+def test_a_header_that_is_no_yaml_is_refused_by_name(tiny):
+    tiny.page("odd", "---\nkernelspec: {\n---\n\n# Odd\n")
+    with refuses(ConfigError, "odd.md", "line 1"):
+        chapters.chapters(tiny.book)

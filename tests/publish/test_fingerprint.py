@@ -114,6 +114,7 @@ def test_pinned_versions_count_and_those_of_checkers_do_not(house, monkeypatch):
     house.write("constraints.txt", "numpy==0\nruff==0\n")
     before = key(house, "1")
     versions = {"numpy": "9", "ruff": "9"}
+    monkeypatch.setattr(fingerprint, "_versions", fingerprint._versions.__wrapped__)
     real = fingerprint.version
     monkeypatch.setattr(fingerprint, "version", lambda name: versions.get(name) or real(name))
     assert key(house, "1") != before
@@ -130,3 +131,8 @@ def test_the_accelerator_counts_by_its_name(house, monkeypatch):
 
 def test_a_cell_that_does_not_parse_leaves_the_others_counted(house):
     assert changes(house, "handbook_src/layers/norm.py", "this is no Python", USES)
+
+
+def test_a_module_that_does_not_parse_still_counts(house):
+    house.write("handbook_src/layers/norm.py", "def (")
+    assert changes(house, "handbook_src/layers/norm.py", USES)

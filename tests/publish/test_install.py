@@ -184,3 +184,10 @@ def test_another_interpreter_is_asked_what_it_lacks(tmp_path):
     root = Path(__file__).resolve().parents[2]
     assert install.lacks(Path(sys.executable), root) == environment.missing(root)
     assert install.lacks(Path(os.devnull), tmp_path) is None
+
+
+def test_a_venv_is_not_emptied_by_its_own_python(machine, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(machine.venv))
+    monkeypatch.setattr(sys, "_base_executable", "/usr/bin/base", raising=False)
+    install.ensure(machine.root)
+    assert machine.calls[0] == ["/usr/bin/base", "-m", "venv", str(machine.venv)]

@@ -97,13 +97,13 @@ def test_named_tests_replace_the_whole_suite(tiny):
 @pytest.mark.parametrize(("built", "pytest_says", "code"), [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1)])
 def test_the_command_fails_where_the_build_or_a_test_does(tiny, monkeypatch, built, pytest_says, code):
     monkeypatch.setattr(proof.build, "book", lambda root, options: built)
-    monkeypatch.setattr(proof.subprocess, "call", lambda *args, **kwargs: pytest_says)
+    monkeypatch.setattr(proof, "call", lambda *args: pytest_says)
     assert proof.test(tiny.root, build.Options(), []) == code
 
 
 def test_a_stopped_build_starts_no_tests(tiny, monkeypatch):
     monkeypatch.setattr(proof.build, "book", lambda root, options: 130)
-    monkeypatch.setattr(proof.subprocess, "call", lambda *args, **kwargs: pytest.fail("tests were started"))
+    monkeypatch.setattr(proof, "call", lambda *args: pytest.fail("tests were started"))
     assert proof.test(tiny.root, build.Options(), []) == 130
 
 
