@@ -137,6 +137,15 @@ def fix_page(app: Sphinx, pagename: str, templatename: str, context: dict[str, A
             visit(b.get("buttons", []))
 
     visit(context.get("header_buttons", []))
+    name_the_toggles(context)
+
+
+def name_the_toggles(context: dict[str, Any]) -> None:
+    """Give the arrows that unfold the navigation a name for screen readers; the theme gives none."""
+    draw = context.get("generate_toctree_html")
+    if draw is not None:
+        bare, named = "<summary>", '<summary aria-label="Show or hide the pages below">'
+        context["generate_toctree_html"] = lambda *args, **options: str(draw(*args, **options)).replace(bare, named)
 
 
 def bundle_mathjax(app: Sphinx, exc: Exception | None) -> None:
