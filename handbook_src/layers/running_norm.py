@@ -141,8 +141,9 @@ class _BatchNorm(_RunningNorm):
         """Return this batch's weight in the running statistics."""
         if self.momentum is not None:
             return self.momentum
-        tracked = self.training and self.num_batches_tracked is not None
-        return 1.0 / float(self.num_batches_tracked + 1) if tracked else 0.0
+        if not self.training or self.num_batches_tracked is None:
+            return 0.0
+        return 1.0 / float(self.num_batches_tracked + 1)
 
 
 @final

@@ -185,8 +185,8 @@ def test_copies_compiles_and_keeps_bfloat16(wrap, unchecked):
 @pytest.mark.refusal("weight-norm", "spectral-norm")
 @pytest.mark.parametrize("wrap", [ours.weight_norm, ours.spectral_norm])
 def test_refuses_names_and_axes(wrap):
-    with refuses(ConfigError, "'wieght'", ["weight", "bias"]):
-        wrap(nn.Linear(5, 3), "wieght")
+    with refuses(ConfigError, "'gewicht'", ["weight", "bias"]):
+        wrap(nn.Linear(5, 3), "gewicht")
     with refuses(ConfigError, "'weight'", "Sequential"):
         wrap(nn.Sequential(nn.Linear(5, 3)))
     for dim in (2, -3):

@@ -128,5 +128,5 @@ def test_refuses_by_value(order):
             order(nn.Identity(), nn.Identity(), dropout=p)
     with refuses(ShapeError, (2, 1), (2, 6)):
         order(LayerNorm(6), nn.Linear(6, 1))(torch.ones(2, 6))
-    with pytest.raises(TypeError, match="maks"):
-        order(LayerNorm(6), nn.Linear(6, 6))(torch.ones(2, 6), maks=None)
+    with pytest.raises(TypeError, match="maske"):
+        order(LayerNorm(6), nn.Linear(6, 6))(torch.ones(2, 6), maske=None)
