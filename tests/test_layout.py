@@ -16,7 +16,7 @@ PACKAGE = ROOT / "handbook_src"
 FUNCTION, FILE, KERNEL_FILE, CONSTRUCTOR = 40, 350, 400, 10
 
 #: Files whose tests stand under another name, and where.
-TESTED_ELSEWHERE: dict[str, str] = {}
+TESTED_ELSEWHERE = {"models/folder.py": "tests/models/test_gpt2.py"}
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess:
