@@ -98,3 +98,11 @@ def test_a_missing_library_says_which_extra_has_it():
     with pytest.raises(ModuleNotFoundError) as caught:
         oracle.load("no_such_library_at_all")
     assert "handbook-src[reference]" in caught.value.__notes__[0]
+
+
+def test_dotted_names_give_the_submodule():
+    from handbook_src.testing import oracle
+
+    assert oracle.load("scipy.special").expit(0.0) == 0.5
+    if importlib.util.find_spec("transformers") is not None:
+        assert oracle.load("transformers.loss.loss_utils").ForCausalLMLoss
