@@ -73,6 +73,8 @@ def join() -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return World()
     if not dist.is_initialized():
+        if (device := local_device()).type == "cuda":
+            torch.cuda.set_device(device)  # or every process would gather its objects on GPU 0
         dist.init_process_group()
         atexit.register(_leave)
         torch.manual_seed(torch.initial_seed() + dist.get_rank())

@@ -82,6 +82,20 @@ def train(
         DataError: the checkpoint is torn or foreign.
         Diverged: the loss or the gradient is no longer finite; the weights are as
             before that step, and the last checkpoint is kept.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> history = train(
+        ...     model,
+        ...     sample=lambda generator: torch.randn(4, 2, generator=generator),
+        ...     loss=lambda model, batch: model(batch).square().mean(),
+        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     steps=20,
+        ...     generator=torch.Generator().manual_seed(0),
+        ...     progress=False,
+        ... )
+        >>> history.loss[-1] < history.loss[0]
+        True
     """
     world = join()
     _refuse(steps, clip_norm, accumulate, precision, scheduler, world)
