@@ -3,7 +3,7 @@
     python kernels/compile_check.py                      table of every case, exit status 1 on a problem
     python kernels/compile_check.py --csv FILE           the same as CSV
     python kernels/compile_check.py --triton FOLDER      with the Triton installed in FOLDER (pip install --target)
-    python kernels/compile_check.py --targets sm90 --cases rms
+    python kernels/compile_check.py --targets sm90 --cases "rms bf16 4096,layer fp16 4096"
 
 The op runs on CPU tensors; a launch is caught before it starts and compiled instead, so grids, constexprs, argument
 types and the divisibility that 16-byte loads rest on are those of the real call, not a copy of them kept here.  The
@@ -198,15 +198,15 @@ def _output(*command: Any) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
-def check(wanted: list[str], match: str) -> list[dict[str, Any]]:
-    """Compile every case whose name holds ``match`` for the ``wanted`` targets; return one row a kernel."""
+def check(wanted: list[str], match: list[str]) -> list[dict[str, Any]]:
+    """Compile every case named in ``match`` (or every case) for the ``wanted`` targets; return one row a kernel."""
     import torch
     import triton
 
     rows = []
     for name in wanted:
         for case in norm_cases():
-            if match not in case.name:
+            if match and case.name not in match:
                 continue
             with captured(targets()[name]) as kernels:
                 case.call()
@@ -223,14 +223,14 @@ def main() -> int:
     """Print the table; return 1 where a kernel spills on sm90 or does not fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default="sm80,sm90,sm100,gfx942")
-    parser.add_argument("--cases", default="", help="only cases whose name holds this")
+    parser.add_argument("--cases", help="only these cases, by name, separated by commas")
     parser.add_argument("--csv", type=Path, help="write the table here as well")
     parser.add_argument("--triton", type=Path, help="folder of another Triton")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined: must be unset by then
     if options.triton:
         sys.path.insert(0, str(options.triton.resolve()))
-    rows = check(options.targets.split(","), options.cases)
+    rows = check(options.targets.split(","), options.cases.split(",") if options.cases else [])
     print(f"{'case':42} {'target':7} {'kernel':15} warps  regs spill shared  ld128/ld  st128/st instr")
     for r in rows:
         print(

@@ -21,6 +21,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def packed(values: Tensor | None) -> Tensor | None:
+    """Return one value per feature at stride 1, as kernels read them."""
+    return None if values is None else values.contiguous()
+
+
 def multiprocessors(x: Tensor) -> int:
     """Return how many programs run at the same time at least; 3 under the interpreter, so that partials are several."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3

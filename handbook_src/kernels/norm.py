@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, KernelUnavailable
-from handbook_src.kernels.launch import LANES, as_rows, check_tensors, multiprocessors
+from handbook_src.kernels.launch import LANES, as_rows, check_tensors, multiprocessors, packed
 
 # Longest row held in registers, by the compile reports (kernels/norm/worklog.md).  Forward: no spill at 32768; half of
 # it with dropout (64 bytes a thread at 32768) or a wider stream (312).  Backward: no spill at 8192, 56 bytes a thread
@@ -259,7 +259,7 @@ def _norm(
     kernel = _forward_whole if tile.whole else _forward_long
     with torch.cuda.device_of(x):
         kernel[(triton.cdiv(rows, tile.rows),)](
-            flat, stream, weight, bias, seed, y, z if z.numel() else None, mean, rstd,
+            flat, stream, packed(weight), packed(bias), seed, y, z if z.numel() else None, mean, rstd,
             flat.stride(0), 0 if stream is None else stream.stride(0), rows, cols, eps, dropout,
             CENTRE=centre, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
         )  # fmt: skip
@@ -294,11 +294,11 @@ def _norm_backward(
         sums = None if tile.whole else z.new_empty((2, rows), dtype=torch.float32)
         if sums is not None:
             _row_sums[(rows,)](
-                flat, dy, weight, centre, rstd, sums, flat.stride(0), dy.stride(0), rows, cols,
+                flat, dy, packed(weight), centre, rstd, sums, flat.stride(0), dy.stride(0), rows, cols,
                 BLOCK=tile.block, num_warps=tile.warps,
             )  # fmt: skip
         _backward[(grid, triton.cdiv(cols, tile.block))](
-            flat, dy, dz, weight, seed, centre, rstd, sums, dx, dr if dr.numel() else None,
+            flat, dy, dz, packed(weight), seed, centre, rstd, sums, dx, dr if dr.numel() else None,
             partial[0] if gains else None, partial[-1] if shifts else None,
             flat.stride(0), dy.stride(0), 0 if dz is None else dz.stride(0), rows, cols, dropout,
             ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
