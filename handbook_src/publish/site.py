@@ -7,6 +7,7 @@ nowhere else; :func:`repository` reads it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -43,6 +44,15 @@ def site_url() -> str:
     return f"https://{owner}.github.io/{name}"
 
 
+def content(stage: Path, strict: bool) -> str:
+    """A hash of all that the site is made from: a second run with nothing changed renders nothing."""
+    digest = hashlib.sha256(f"{sys.version} {strict}".encode())
+    staged = sorted(p for p in stage.rglob("*") if p.is_file())
+    for path in [*staged, CONFIG, BOOK.toc, ROOT / "constraints.txt"]:
+        digest.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def command(stage: Path, base: Path, strict: bool) -> list[str]:
     """Jupyter Book's call; its ``python -m`` entry exits 0 and does nothing, hence ``-c``."""
     call = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(stage)]
@@ -74,10 +84,15 @@ def build(stage: Path, out: Path, *, strict: bool = True) -> Path:
     from handbook_src.publish import colab
 
     stage, out = stage.resolve(), out.resolve()
+    front, stamp = out / "html" / "index.html", out / "site.key"
     if out.name != "_build":
         raise ConfigError(
             "build folder", got=str(out), want="a folder named _build", remedy="Pass its parent / _build."
         )
+    key = content(stage, strict)
+    if front.exists() and stamp.exists() and stamp.read_text() == key:
+        return front
+    stamp.unlink(missing_ok=True)
     env = dict(os.environ, PYTHONSAFEPATH="1")  # keeps ./kernels off sys.path
     run = subprocess.run(
         command(stage, out.parent, strict),
@@ -94,4 +109,5 @@ def build(stage: Path, out: Path, *, strict: bool = True) -> Path:
         shutil.rmtree(out / ".doctrees", ignore_errors=True)
         raise SiteError(complaints(run))
     colab.write_all(stage, out / "html", json.loads(labels.read_text("utf8")), names(BOOK))
-    return out / "html" / "index.html"
+    stamp.write_text(key)
+    return front
