@@ -23,7 +23,7 @@ from handbook_src.errors import HandbookError
 from handbook_src.publish import environment
 
 STAMP, MARK = "handbook-stamp", "handbook-installing"
-#: What .venv takes: 2.7 GB with torch's CPU build (measured), about 8 GB with a CUDA build.
+#: Too little for any build of torch: .venv takes 2.9 GB with the CPU one, 5.9 GB with the CUDA one (measured).
 DISK_BYTES = 4_000_000_000
 NETWORK = re.compile(
     r"name resolution|NewConnectionError|ConnectTimeout|ReadTimeout|Max retries|Network is unreachable"
