@@ -142,8 +142,10 @@ class SpectralNorm(nn.Module):
 
 
 def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
-    """Train ``module``'s weight as length and direction; returns the module.
+    """Train ``module``'s weight as length and direction: see :class:`WeightNorm`.
 
+    Returns the module, whose ``weight`` is now computed by
+    :func:`handbook_src.functional.parametrization.weight_norm`.
     ``dim=-1`` is the last axis here, as everywhere else; torch's function takes it for
     ``None``, the whole weight. ``torch.nn.utils.parametrize.remove_parametrizations``
     folds the product back into one weight.
@@ -173,7 +175,10 @@ def spectral_norm(
     eps: float = 1e-12,
     dim: int | None = None,
 ) -> nn.Module:
-    """Divide ``module``'s weight by its largest singular value; returns the module.
+    """Divide ``module``'s weight by its largest singular value: see :class:`SpectralNorm`.
+
+    Returns the module, whose ``weight`` is now computed by
+    :func:`handbook_src.functional.parametrization.spectral_norm`.
 
     Args:
         module: the layer, changed in place.

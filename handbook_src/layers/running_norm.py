@@ -102,7 +102,7 @@ class _BatchNorm(_RunningNorm):
         3d ``(b, channels, depth, height, width)``; to the same.
 
     Typical values:
-        ``eps=1e-5``, ``momentum=0.1``; at least 16 samples a batch (see claim ``batch-norm-2``).
+        ``eps=1e-5``, ``momentum=0.1``; 16 or more values per channel, samples times positions.
 
     Raises:
         ConfigError: ``eps`` not positive, ``momentum`` outside [0, 1], no features.
