@@ -3,8 +3,8 @@
 #   dropout + add + norm       forward  read x, residual, write sum, y             4e   (three kernels: 7e + mask)
 #   norm                       backward read x, dy, write dx                       3e
 #   dropout + add + norm       backward read sum, dy, dsum, write dx, dresidual    5e   (4e without dropout)
-# Rows longer than WHOLE_ROW read once more: forward 3e, of which the second read of a row finds it in the L2
-# cache (132 rows in flight x 128 KiB = 17 MB of 50 on an H100); backward 5e, because dW wants columns, dx rows.
+# Longer rows (WHOLE_ROW_*) are read twice: forward 3e (5e fused), the second time from the L2 cache (132 rows in flight
+# x 128 KiB = 17 of 50 MB on an H100); backward 5e (7e fused), because dx sums over columns and dW over rows.
 """Fused normalisation: ``dropout(x) + residual``, then LayerNorm or RMSNorm, in one pass each way.
 
 One pair of kernels serves every case; what a call leaves out is compiled out.
@@ -37,7 +37,10 @@ from handbook_src.kernels.launch import LANES, as_rows, check_tensors, multiproc
 # at 16384; half of it with dropout over a float32 stream (4 bytes at 8192).
 WHOLE_ROW_FORWARD = 32768
 WHOLE_ROW_BACKWARD = 8192
-LONG_BLOCK = 4096  # columns per step for longer rows
+# Columns per step of longer rows.  Forward: 32 warps, one program a multiprocessor, so that the rows in flight fit the
+# L2 cache when they are read again.  Backward: 4096 keep 8 warps busy.
+LONG_BLOCK_FORWARD = 16384
+LONG_BLOCK_BACKWARD = 4096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -130,10 +133,8 @@ def _forward_long(
     for start in tl.range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)
         live = (col < cols)[None, :]
-        if Z is not None:
-            z = tl.load(Z + row[:, None] * cols + col[None, :], mask=live, other=0.0).to(tl.float32)
-        else:
-            z = tl.load(X + row[:, None] * x_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
+        source = X + row[:, None] * x_stride if Z is None else Z + row[:, None] * cols
+        z = tl.load(source + col[None, :], mask=live, other=0.0).to(tl.float32)
         _affine(Y, W, B, (z - mean[:, None]) * rstd[:, None], row, col, live, cols)
 
 
@@ -228,12 +229,12 @@ class Plan(NamedTuple):
     whole: bool
 
 
-def plan(cols: int, whole_row: int) -> Plan:
+def plan(cols: int, whole_row: int, long_block: int) -> Plan:
     """Choose the tile: several short rows, one whole row, or one row in blocks."""
     whole = cols <= whole_row
-    block = max(4, triton.next_power_of_2(cols)) if whole else min(LONG_BLOCK, triton.next_power_of_2(whole_row + 1))
+    block = max(4, triton.next_power_of_2(cols)) if whole else long_block
     rows = max(1, 2048 // block) if whole else 1
-    warps = max(1, min(1024 // LANES, rows * block // (LANES * (16 if block <= 8192 else 32))))
+    warps = max(1, min(1024 // LANES, rows * block // (LANES * (32 if whole and block > 8192 else 16))))
     return Plan(rows, block, warps, whole)
 
 
@@ -255,7 +256,7 @@ def _norm(
         return y, z, mean, rstd
     # Registers: dropout's four Philox words, or two layouts of one tile where the stream is wider than x.
     crowded = seed is not None or z.dtype != x.dtype
-    tile = plan(cols, WHOLE_ROW_FORWARD // (2 if crowded and z.numel() else 1))
+    tile = plan(cols, WHOLE_ROW_FORWARD // (2 if crowded and z.numel() else 1), LONG_BLOCK_FORWARD)
     kernel = _forward_whole if tile.whole else _forward_long
     with torch.cuda.device_of(x):
         kernel[(triton.cdiv(rows, tile.rows),)](
@@ -286,7 +287,8 @@ def _norm_backward(
     rows, cols = flat.shape
     if rows == 0:
         return dx, dr, dw.zero_(), db.zero_()
-    tile = plan(cols, WHOLE_ROW_BACKWARD // (2 if seed is not None and z.dtype == torch.float32 else 1))
+    crowded = seed is not None and z.dtype == torch.float32
+    tile = plan(cols, WHOLE_ROW_BACKWARD // (2 if crowded else 1), LONG_BLOCK_BACKWARD)
     grid = min(programs(z, tile), triton.cdiv(rows, tile.rows))
     centre = mean if mean.numel() else None
     partial = z.new_empty((gains + shifts, grid, cols), dtype=torch.float32)

@@ -35,9 +35,8 @@ def path(request, monkeypatch):
     if request.param == "long":
         monkeypatch.setattr(norm, "WHOLE_ROW_FORWARD", 1)
         monkeypatch.setattr(norm, "WHOLE_ROW_BACKWARD", 1)
-        monkeypatch.setattr(norm, "LONG_BLOCK", 16)
         plan = norm.plan
-        monkeypatch.setattr(norm, "plan", lambda cols, whole: plan(cols, whole)._replace(rows=1, block=16, whole=False))
+        monkeypatch.setattr(norm, "plan", lambda *sizes: plan(*sizes)._replace(rows=1, block=16, whole=False))
     return request.param
 
 
@@ -97,7 +96,7 @@ def test_ragged_rows(cols, centre, path, guards):
 @pytest.mark.parametrize("rows", [1, 2, 127, 129])
 def test_ragged_tiles(rows, guards):
     """Several rows a program, 128 of 16 columns: one row, just below and just above a tile."""
-    assert norm.plan(16, norm.WHOLE_ROW_FORWARD).rows == 128
+    assert norm.plan(16, norm.WHOLE_ROW_FORWARD, norm.LONG_BLOCK_FORWARD).rows == 128
     agree(*drawn(rows, 16))
 
 
@@ -411,8 +410,11 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 def test_every_plan_fits_a_gpu(lanes, monkeypatch):
     monkeypatch.setattr(norm, "LANES", lanes)
     for cols in [*range(1, 70), 4095, 4096, 8191, 8193, 32768, 32769, 10**6]:
-        for limit in (norm.WHOLE_ROW_FORWARD, norm.WHOLE_ROW_BACKWARD):
-            tile = norm.plan(cols, limit)
+        for limit, long in (
+            (norm.WHOLE_ROW_FORWARD, norm.LONG_BLOCK_FORWARD),
+            (norm.WHOLE_ROW_BACKWARD, norm.LONG_BLOCK_BACKWARD),
+        ):
+            tile = norm.plan(cols, limit, long)
             assert tile.whole == (cols <= limit)
             assert tile.block >= cols or not tile.whole
             assert tile.warps * lanes <= 1024
