@@ -242,7 +242,7 @@ def bigram_entropy(train: Int[Tensor, " n"], held_out: Int[Tensor, " m"], vocab_
         ConfigError: a part has fewer than two tokens, or a token is outside the vocabulary.
 
     Source:
-        Witten & Bell 1991, IEEE Trans. Inf. Theory 37(4), method C; Chen & Goodman 1999, section 2.4
+        Witten & Bell 1991, IEEE Trans. Inf. Theory 37(4), method C; Chen & Goodman 1999, section 2.5
     """
     p = _unigram(train, held_out, vocab_size)
     if min(len(train), len(held_out)) < 2:

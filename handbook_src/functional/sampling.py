@@ -18,7 +18,7 @@ def temperature_logits(logits: Float[Tensor, "*lead v"], temperature: float) -> 
         ConfigError: the temperature is not a positive number; its limit 0 is :func:`greedy`.
 
     Source:
-        Ackley, Hinton & Sejnowski 1985, eq. 5
+        Ackley, Hinton & Sejnowski 1985, eq. 4
     """
     if not 0.0 < temperature < float("inf"):
         raise ConfigError("temperature", got=temperature, want="a positive number", remedy="For 0 use greedy.")
@@ -36,7 +36,7 @@ def top_k_logits(logits: Float[Tensor, "*lead v"], k: int) -> Float[Tensor, "*le
         ConfigError: ``k`` is below 1.
 
     Source:
-        Fan, Lewis & Dauphin 2018, section 5.4, arXiv:1805.04833
+        Fan, Lewis & Dauphin 2018, section 5, arXiv:1805.04833
     """
     if k < 1:
         raise ConfigError("top_k k", got=k, want="at least 1", remedy="Leave top_k out to keep every token.")

@@ -37,7 +37,7 @@ class KVCache(ABC):
         float16 or bfloat16 storage; GPT-2 124M keeps 36 KiB a token in float16.
 
     Source:
-        Pope et al. 2022, section 3, arXiv:2211.05102; the recurrence is Shazeer 2019, section 2.4, arXiv:1911.02150
+        Pope et al. 2022, section 2, arXiv:2211.05102; the recurrence is Shazeer 2019, section 2.4, arXiv:1911.02150
     """
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ def perplexity(logits: Float[Tensor, "*lead v"], targets: Int[Tensor, "*lead"], 
         only between models with the same tokens.
 
     Source:
-        Jelinek et al. 1977, J. Acoust. Soc. Am. 62(S1); Brown et al. 1992, Computational Linguistics 18(1), eq. 1
+        Jelinek et al. 1977, J. Acoust. Soc. Am. 62(S1); Brown et al. 1992, Computational Linguistics 18(1)
     """
     return Perplexity(ignore_index=ignore_index).update(logits, targets).compute()
 

@@ -150,8 +150,9 @@ class GPT2(nn.Module):
         64 features a head, ``hidden_dim`` 4 ``dim``, dropout 0.1 (0 for one epoch), AdamW at 6e-4 for 124M.
 
     Source:
-        Radford et al. 2019, section 2.3; the block is Radford et al. 2018, eq. 2; tanh GELU
-        Hendrycks & Gimpel 2016, section 2, arXiv:1606.08415
+        Radford et al. 2019, section 2.3; embedding and head are Radford et al. 2018, eq. 2; tanh GELU
+        Hendrycks & Gimpel 2016, section 2, arXiv:1606.08415; larger sizes and their learning
+        rates Brown et al. 2020, table 2.1, arXiv:2005.14165
     """
 
     def __init__(self, config: GPT2Config) -> None:
