@@ -152,7 +152,8 @@ def claim(id: str, verdict: Verdict, figures: Mapping[str, Any], because: str) -
     if not figures:
         raise ConfigError(f"claim {id}", got="no figures", want="what was measured", remedy="Pass figures={...}.")
     shown = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in figures.items()}
-    record = {"id": id, "verdict": verdict, "figures": shown, "because": because}
+    pairs = [[k, v] for k, v in shown.items()]  # nbformat sorts the keys of a mapping
+    record = {"id": id, "verdict": verdict, "figures": pairs, "because": because}
     items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in shown.items())
     css = verdict.replace(" ", "-")
     html = (

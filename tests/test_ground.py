@@ -120,7 +120,7 @@ def test_a_claim_shows_verdict_figures_and_reason(shell):
     (data,) = shown(lambda: notebook.claim(row.id, "no evidence", {"gap": 0.12345}, "The spread is wider."))
     record = data[notebook.CLAIM_TYPE]
     assert record == {
-        "id": row.id, "verdict": "no evidence", "figures": {"gap": "0.123"}, "because": "The spread is wider.",
+        "id": row.id, "verdict": "no evidence", "figures": [["gap", "0.123"]], "because": "The spread is wider.",
     }  # fmt: skip
     assert re.search(r'class="[^"]*no-evidence', data["text/html"])
 
