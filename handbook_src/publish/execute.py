@@ -7,7 +7,6 @@ import datetime
 import os
 import platform
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from handbook_src.publish.book import Book, write
 from handbook_src.publish.chapters import Chapter
 from handbook_src.publish.fingerprint import device_name
 from handbook_src.publish.locate import line_of_cell
+from handbook_src.publish.stopwatch import Stopwatch
 
 #: Seconds that a kernel may take to start; a busy machine has needed 40.
 KERNEL_START = 120
@@ -90,34 +90,15 @@ def entry(book: Book, chapter: Chapter, key: str) -> Path:
     return book.cache / f"{chapter.name.replace('/', '.')}-{key}.ipynb"
 
 
-class Clock:
-    """Hands each cell what is left of the chapter's time, counted from its first cell."""
-
-    def __init__(self, limit: float | None, report: Callable[[int], None]) -> None:
-        self.limit, self.report = limit, report
-        self.start: float | None = None
-        self.cell = 0
-
-    def __call__(self, cell: Any) -> float | None:
-        self.start = time.perf_counter() if self.start is None else self.start
-        self.cell += 1
-        self.report(self.cell)
-        return None if self.limit is None else max(self.limit - self.seconds, 0.1)
-
-    @property
-    def seconds(self) -> float:
-        return 0.0 if self.start is None else time.perf_counter() - self.start
-
-
 def execute(book: Book, task: Task, report: Callable[[int], None] = lambda cell: None) -> Outcome:
     """Run the chapter's cells; keep the notebook in the cache, or in ``failed`` with its reason."""
     chapter = task.chapter
     notebook = read(chapter.source)
-    clock = Clock(task.limit, report)
+    watch = Stopwatch(task.limit, report)
     failed = book.failed / f"{chapter.name.replace('/', '.')}.ipynb"
-    failure = run(book, task, notebook, failed, clock)
+    failure = run(book, task, notebook, failed, watch)
     done = nbformat.read(failed, as_version=4) if failed.exists() else notebook
-    seconds = clock.seconds if failure else in_cells(done)
+    seconds = watch.seconds
     if failure is None and not any(c.get("execution_count") for c in done.cells if not _injected(c)):
         failure = Failure("it executed no cell")
     if failure is None and task.limit is not None and seconds > task.limit:
@@ -134,15 +115,9 @@ def execute(book: Book, task: Task, report: Callable[[int], None] = lambda cell:
     return Outcome(chapter.page, "executed", seconds)
 
 
-def in_cells(done: Any) -> float:
-    """Seconds that the cells took, without the kernel's start and end."""
-    return float(sum(c.metadata.get("papermill", {}).get("duration") or 0.0 for c in done.cells))
-
-
-def run(book: Book, task: Task, notebook: Any, out: Path, clock: Clock) -> Failure | None:
+def run(book: Book, task: Task, notebook: Any, out: Path, watch: Stopwatch) -> Failure | None:
     """Papermill's part; every way in which it can fail becomes a :class:`Failure`."""
     import papermill
-    from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
@@ -159,7 +134,7 @@ def run(book: Book, task: Task, notebook: Any, out: Path, clock: Clock) -> Failu
             cwd=str(folder),
             progress_bar=False,
             start_timeout=KERNEL_START,
-            timeout_func=clock,
+            timeout_func=watch,
             shutdown_kernel="immediate",  # a graceful end takes 1.4 s once torch is loaded
             # ipykernel 7 warns about TCP on every start otherwise
             config=Config(KernelManager={"transport_encryption": "auto"}),
@@ -168,14 +143,16 @@ def run(book: Book, task: Task, notebook: Any, out: Path, clock: Clock) -> Failu
         trace = ANSI.sub("", "\n".join(error.traceback)).splitlines()
         why = f"{error.ename}: {ANSI.sub('', error.evalue)}".splitlines()[0]
         return located(task.chapter, notebook, error.source, why, trace)
-    except CellTimeoutError:
+    except Exception as error:  # a kernel that died, or that the stopwatch has ended: the others go on
         cells = [c for c in notebook.cells if c.cell_type == "code"]
-        position = clock.cell - 1 - bool(task.parameters and _takes_parameters(cells))
+        position = watch.cell - 1 - bool(task.parameters and _takes_parameters(cells))
         source = cells[position].source if 0 <= position < len(cells) else ""
-        slow = too_slow(task.chapter, clock.seconds, task.limit or 0.0)
-        return located(task.chapter, notebook, source, slow.why + "; stopped", [])
-    except Exception as error:  # a kernel that died, a notebook that can't be read: the others go on
-        return Failure(f"{type(error).__name__}: {error}".strip())
+        why = f"{type(error).__name__}: {error}".strip()
+        if watch.expired and task.limit is not None:
+            why = too_slow(task.chapter, watch.seconds, task.limit).why + "; stopped"
+        return located(task.chapter, notebook, source, why, [])
+    finally:
+        watch.stop()
     return None
 
 
