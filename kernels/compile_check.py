@@ -89,6 +89,9 @@ def norm_cases() -> list[Case]:
         *(case(f"dropout add layer fp32 {n}", 8, n, **drop, x=fp32) for n in (4096, 8192, 16384)),
         *(case(f"dropout add layer bf16 stream fp32 {n}", 8, n, **drop, stream=fp32) for n in (4096, 8192, 16384)),
         case("dropout add rms bf16 4096", 8, 4096, fused=True, dropout=0.1),
+        # sizes of 1 are compiled in as constants, another road through every helper
+        case("dropout add layer bf16 1 x 1", 1, 1, **drop),
+        case("dropout add layer bf16 1 x 65536", 1, 65536, **drop),
     ]
 
 
