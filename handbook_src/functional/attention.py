@@ -41,7 +41,8 @@ def scaled_dot_product_attention(
     A query that may attend to nothing gets zeros, never NaN, and passes no gradient.
     The reference takes the softmax in float32 at least, and a NaN or infinite key or
     value reaches no query that it is hidden from, forward or backward.  The torch
-    backend shields only from keys that a mask hides from every query (padding).
+    backend shields only from keys that a padding rule or a mask tensor hides from every
+    query, at the price of a copy of ``k`` and ``v``.
 
     Args:
         q: queries.
@@ -128,8 +129,9 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | None, scale: float,
     bias: Tensor | None = None
     if mask is not None and not is_causal:
         bias = mask.sdpa(t, s, device=q.device) if isinstance(mask, Mask) else mask
+    if bias is not None and not (isinstance(mask, Mask) and mask.batch is None):
+        k, v = _blank(k, v, bias)  # a copy of both; rules that know no samples hold no padding
     if bias is not None:
-        k, v = _blank(k, v, bias)
         bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -233,13 +235,14 @@ def check_mask(mask: MaskLike | None, b: int, h: int, t: int, s: int) -> None:
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3] and q.shape[::3] == k.shape[::3]:
+        if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+            heads = f"{q.shape[2]} query, {k.shape[2]} key"
+            refuse("attention heads", heads, "a multiple", "Share each key head evenly.")
+        return
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not (q.ndim == k.ndim == v.ndim == 4):
-        refuse("attention inputs", shapes, "four axes, b t h e", "Split the features into heads first.")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        refuse("attention inputs", shapes, "q (b, t, h, e), k (b, s, g, e), v (b, s, g, c)", "Heads stand third.")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        refuse("attention heads", f"{q.shape[2]} query, {k.shape[2]} key", "a multiple", "Share each key head evenly.")
+    want = "four axes: q (b, t, h, e), k (b, s, g, e), v (b, s, g, c)"
+    refuse("attention inputs", shapes, want, "Split the features into heads; heads stand third.")
 
 
 def check_numbers(scale: float | None, dropout: float) -> None:
