@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+
+from handbook_src.testing import cuda_stub
 
 #: Import name and a line that touches more than the package's front door.
 LIBRARIES = {
@@ -68,6 +71,7 @@ cpu_torch = pytest.mark.skipif(
 
 
 @cpu_torch
+@pytest.mark.skipif(not all(map(shutil.which, cuda_stub.TOOLS)), reason=f"needs {' '.join(cuda_stub.TOOLS)}")
 def test_torchvisions_own_kernels_work_behind_the_stub():
     from handbook_src.testing import oracle
 
