@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jupytext
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,21 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess:
 def test_the_tree_is_clean(command):
     done = run(*command)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+CHAPTERS = [p for p in sorted((ROOT / "book").glob("*/*.md")) if "kernelspec:" in p.read_text("utf8")[:1000]]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda p: p.stem)
+def test_the_chapters_code_is_clean(chapter):
+    """No unused import, no undefined or unused name; how a cell looks is the author's choice."""
+    cells = [c.source for c in jupytext.read(chapter).cells if c.cell_type == "code"]
+    rules = ["--isolated", "--select", "F", "--ignore", "F704,F722", "--target-version", "py311"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", *rules, "--output-format", "concise", "-"],
+        input="\n\n".join(cells), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 def sources(*folders: str) -> list[Path]:
