@@ -160,8 +160,7 @@ class StaticCache(KVCache):
                 "StaticCache capacity", got=capacity, want="at least 1", remedy="Pass the context length."
             )
         self.capacity = capacity
-        self._k: Tensor | None = None
-        self._v: Tensor | None = None
+        self._k, self._v = torch.empty(0), torch.empty(0)
 
     @property
     def length(self) -> int:
@@ -178,10 +177,11 @@ class StaticCache(KVCache):
                 "StaticCache.update",
                 got=f"{k.shape[1]} tokens on top of {self.seen}",
                 want=f"at most {self.capacity} in all",
-                remedy="Allocate a larger capacity, or use AppendCache or SinkCache.",
+                remedy="Allocate more, or use AppendCache or SinkCache.",
             )
         shape = (k.shape[0], self.capacity, *k.shape[2:])
-        if self._k is None or self._v is None or self._k.shape != shape or self._k.dtype != k.dtype:
+        wanted = (shape, k.dtype, k.device)
+        if (self._k.shape, self._k.dtype, self._k.device) != wanted:
             self._k, self._v = k.new_empty(shape), v.new_empty(shape)
         self._k[:, self.seen : end] = k
         self._v[:, self.seen : end] = v

@@ -59,14 +59,18 @@ class Perplexity:
         """Forget every batch."""
         self.nats, self.tokens = 0.0, 0
 
-    def update(self, logits: Float[Tensor, "*lead v"], targets: Int[Tensor, "*lead"]) -> Perplexity:
+    def update(
+        self,
+        logits: Float[Tensor, "*lead v"],
+        targets: Int[Tensor, "*lead"],
+    ) -> Perplexity:
         """Add a batch; returns itself."""
         if logits.shape[:-1] != targets.shape:
             raise ShapeError(
                 "Perplexity.update logits and targets",
                 got=f"{tuple(logits.shape)} and {tuple(targets.shape)}",
                 want="the targets' axes plus one of vocabulary",
-                remedy="For a causal model pass logits[:, :-1] and tokens[:, 1:].",
+                remedy="Causal models: logits[:, :-1] and tokens[:, 1:].",
             )
         z = logits.detach().reshape(-1, logits.shape[-1])
         nll = F.cross_entropy(

@@ -108,20 +108,28 @@ class MLP(nn.Module):
 
 @final
 class Block(nn.Module):
-    """One pre-norm block: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``."""
+    """``x += attention(norm(x))``, then ``x += mlp(norm(x))``."""
 
     def __init__(self, config: GPT2Config, dropout: Dropout) -> None:
         super().__init__()
         self.norm_1 = LayerNorm(config.dim, eps=config.eps)
-        self.attention = MultiHeadAttention(config.dim, config.heads, dropout=dropout.attention)
+        self.attention = MultiHeadAttention(
+            config.dim,
+            config.heads,
+            dropout=dropout.attention,
+        )
         self.norm_2 = LayerNorm(config.dim, eps=config.eps)
         self.mlp = MLP(config.dim, config.hidden_dim)
         self.drop = nn.Dropout(dropout.residual)
 
     def forward(
-        self, x: Float[Tensor, "b t d"], mask: Mask | Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Float[Tensor, "b t d"],
+        mask: Mask | Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
-        x = x + self.drop(self.attention(self.norm_1(x), mask=mask, causal=True, cache=cache))
+        a = self.attention(self.norm_1(x), mask=mask, causal=True, cache=cache)
+        x = x + self.drop(a)
         return x + self.drop(self.mlp(self.norm_2(x)))
 
 
@@ -167,13 +175,14 @@ class GPT2(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights as the released code did, and scale as the paper says."""
-        shrink = {"position_embedding.weight": 0.5}  # 0.01 in the released code
+        """Draw as the released code did, and scale as the paper says."""
+        shrink = {"position_embedding.weight": 0.5}  # 0.01 there
         for name, p in self.named_parameters():
             if name.endswith(("attention.out_proj.weight", "mlp.down.weight")):
                 shrink[name] = 1 / math.sqrt(2 * self.config.depth)
             if p.ndim == 2:
-                nn.init.normal_(p, std=self.config.init_std * shrink.get(name, 1.0))
+                std = self.config.init_std * shrink.get(name, 1.0)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -190,8 +199,10 @@ class GPT2(nn.Module):
 
         Args:
             input_ids: the tokens; with a cache, those that it has not seen.
-            attention_mask: 1 (or true) for tokens, 0 for padding; with a cache, of the past too.
-            position_ids: 0, 1, ... after what the cache has seen, unless given.
+            attention_mask: 1 (or true) for tokens, 0 for padding; with a
+                cache, of the past too.
+            position_ids: 0, 1, ... after what the cache has seen, unless
+                given.
             mask: a further rule, joined to the causal one.
             cache: one a layer, from :meth:`new_cache`.
 
@@ -203,10 +214,12 @@ class GPT2(nn.Module):
         if position_ids is None:
             position_ids = self._positions(seen, input_ids)
         allowed = self._allowed(attention_mask, mask, input_ids, seen)
-        x = self.drop(self.token_embedding(input_ids) + self.position_embedding(position_ids))
+        x = self.token_embedding(input_ids)
+        x = self.drop(x + self.position_embedding(position_ids))
         for i, block in enumerate(self.blocks):
             x = block(x, allowed, None if cache is None else cache[i])
-        return CausalLMOutput(F.linear(self.norm(x), self.token_embedding.weight))
+        logits = F.linear(self.norm(x), self.token_embedding.weight)
+        return CausalLMOutput(logits)
 
     def new_cache(self, kind: Callable[[], KVCache] = AppendCache) -> list[KVCache]:
         """Return an empty cache for each layer, for instance ``model.new_cache(lambda: StaticCache(256))``."""
