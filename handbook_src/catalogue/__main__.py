@@ -76,12 +76,9 @@ def warn_of_missing_runs() -> None:
 
 
 def print_claims(as_json: bool) -> None:
-    """The ledger; without a built book every verdict is open, which stderr says."""
-    if find_stage() is None:
-        print(
-            "The book has not been built here, so all claims read open: python3 -m handbook_src book", file=sys.stderr
-        )
+    """The ledger; stderr says which verdicts are missing for want of a run."""
     entries = ledger()
+    warn_of_missing_runs()
     if as_json:
         rows = [{"id": e.id, "component": e.component, "verdict": e.verdict} for e in entries]
         print(json.dumps(rows, indent=1, ensure_ascii=False))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from handbook_src.catalogue import __main__ as cli
 from handbook_src.catalogue import card as card_module
 from handbook_src.catalogue import components
 from handbook_src.catalogue.__main__ import run
@@ -224,6 +225,20 @@ def test_claims_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(list(row) == ["id", "component", "verdict"] for row in rows)
     assert {r["verdict"] for r in rows} <= {"open", "holds", "fails", "depends", "no evidence"}
     assert run(["claims"]) == 0
+
+
+def test_stderr_says_which_runs_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_stage", lambda: None)
+    assert run(["claims", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "No built book here" in said.err
+    assert len(json.loads(said.out)) == 175
+    monkeypatch.setattr(cli, "find_stage", lambda: tmp_path)
+    monkeypatch.setattr(cli, "judged", lambda notebooks: [(tmp_path / "book/a/b.ipynb", "a source changed")])
+    assert run(["claims"]) == 0
+    assert "book/a/b: a source changed, so its claims read open" in capsys.readouterr().err
 
 
 def test_the_command_line_needs_no_torch() -> None:
