@@ -162,7 +162,7 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the allowed keys, in float32 at least; a row without any is all zero."""
+    """Softmax over the allowed keys, in float32 or better; an empty row is zero."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is None:
         return scores.softmax(-1)

@@ -173,7 +173,10 @@ anticausal.__doc__ = "A query sees itself and what comes after.  Not ``~causal``
 
 
 def window(n: int) -> Mask:
-    r"""Keys nearer than ``n`` positions: :math:`|t - s| < n`, so ``causal & window(n)`` sees ``n`` keys."""
+    r"""Keys nearer than ``n`` positions: :math:`|t - s| < n`.
+
+    So ``causal & window(n)`` sees ``n`` keys, the query's own among them.
+    """
     _at_least("window size", n, 1)
     return Mask(f"window({n})", lambda b, h, t, s: (t - s).abs() < n)
 
