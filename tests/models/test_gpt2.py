@@ -446,3 +446,12 @@ def test_refuses_a_folder_without_a_shard(tmp_path: Path) -> None:
     shutil.copy(other, shard)
     with refuses(DataError, "index.json", "in the shards"):
         GPT2.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.outside("gpt")
+def test_equals_the_logits_that_transformers_gave_in_2026() -> None:
+    """A folder written by transformers 5.23 and its float64 logits; no library needed, so none can drift."""
+    folder = Path(__file__).parent / "golden" / "gpt2"
+    golden = load_file(folder / "expected.safetensors")
+    model = GPT2.from_pretrained(folder, dtype=torch.float64)
+    torch.testing.assert_close(model(golden["input_ids"]).logits, golden["logits"], rtol=1e-9, atol=1e-10)
