@@ -34,7 +34,7 @@ from handbook_src.kernels.launch import LANES, as_rows, check_tensors, multiproc
 
 # Longest row held in registers, by the compile reports (kernels/norm/worklog.md).  Forward: no spill at 32768; half of
 # it with dropout (64 bytes a thread at 32768) or a wider stream (312).  Backward: no spill at 8192, 56 bytes a thread
-# at 16384; half of it with dropout over a float32 stream (4 bytes at 8192).
+# at 16384; half of it, over twice the warps, for a float32 stream with dropout or a narrower x (4 to 24 bytes at 8192).
 WHOLE_ROW_FORWARD = 32768
 WHOLE_ROW_BACKWARD = 8192
 # Columns per step of longer rows.  Forward: 32 warps, one program a multiprocessor, so that the rows in flight fit the
@@ -287,8 +287,9 @@ def _norm_backward(
     rows, cols = flat.shape
     if rows == 0:
         return dx, dr, dw.zero_(), db.zero_()
-    crowded = seed is not None and z.dtype == torch.float32
-    tile = plan(cols, WHOLE_ROW_BACKWARD // (2 if crowded else 1), LONG_BLOCK_BACKWARD)
+    crowded = z.dtype == torch.float32 and (seed is not None or x_dtype != z.dtype)
+    tile = plan(cols, WHOLE_ROW_BACKWARD // (1 + crowded), LONG_BLOCK_BACKWARD)
+    tile = tile._replace(warps=tile.warps * (1 + crowded))
     grid = min(programs(z, tile), triton.cdiv(rows, tile.rows))
     centre = mean if mean.numel() else None
     partial = z.new_empty((gains + shifts, grid, cols), dtype=torch.float32)
@@ -375,9 +376,8 @@ def dropout_add_norm_triton(
         raise ConfigError("dropout", got=dropout, want="a probability, 0 to 1", remedy="Pass 0.0 to switch it off.")
     if dropout > 0.0 and seed is None:
         seed = torch.randint(2**62, (1,), device=x.device)
-    seed = seed if dropout > 0.0 else None
-    y, z, _, _ = _norm(x, residual, weight, bias, seed, eps, dropout, centre)
-    return y, z if residual is not None or seed is not None else x
+    y, z, *_ = _norm(x, residual, weight, bias, seed if dropout > 0.0 else None, eps, dropout, centre)
+    return y, z if residual is not None or dropout > 0.0 else x
 
 
 def layer_norm_triton(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
