@@ -127,7 +127,7 @@ def _entries(row: Component) -> list[Entry]:
 def _claim(entry: Entry) -> list[str]:
     if entry.verdict == "open":
         return [f"{entry.id}, open: {entry.claim}. To settle: {entry.how}."]
-    figures = ", ".join(f"{k} {v}" for k, v in entry.figures.items())
+    figures = "; ".join(f"{k}: {v}" for k, v in entry.figures.items())
     return [f"{entry.id}, {entry.verdict}: {entry.claim}. {entry.because} ({figures})"]
 
 

@@ -48,7 +48,11 @@ class Component:
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement of the literature, and how a run can settle it."""
+    """One statement of the literature, and how a run can settle it.
+
+    ``source`` says who makes it: ``source A`` to ``source D`` are the four overviews
+    of the field that the handbook set out to check; they are not part of it.
+    """
 
     id: str
     component: str
