@@ -65,7 +65,8 @@ class Problem:
 def problems(device: str) -> list[Problem]:
     """Return what is measured: the sizes of language models on a GPU, small ones on a CPU."""
     ops = ["rms-norm", "layer-norm", "dropout-add-rms-norm", "dropout-add-layer-norm"]
-    sizes = [(1024, 4096)] if device == "cpu" else [(min(8192, 2**28 // n), n) for n in (1024, 4096, 8192, 16384, 65536)]
+    widths = (4096,) if device == "cpu" else (1024, 4096, 8192, 16384, 65536)
+    sizes = [(1024 if device == "cpu" else min(8192, 2**28 // n), n) for n in widths]
     dtypes = [torch.float32] if device == "cpu" else [torch.bfloat16, torch.float32]
     return [
         Problem(op, rows, cols, dtype, 0.1 if "dropout" in op else 0.0)
