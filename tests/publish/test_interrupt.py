@@ -25,6 +25,7 @@ WAITS = "import os, time\ntime.sleep(float(os.environ['TINY_WAIT']))"
 
 def start(tiny, wait):
     settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1", "TINY_WAIT": str(wait)}
+    settings["PYTHONSAFEPATH"] = "1"  # as the command sets it: beside the script lies the tiny book's own package
     script = tiny.write("run.py", SCRIPT)
     return subprocess.Popen(
         [sys.executable, str(script), str(tiny.root)],
@@ -43,7 +44,9 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tiny, number):
     process = start(tiny, 60)
     said = ""
     while "executed  quick" not in said:
-        said += process.stdout.readline()
+        line = process.stdout.readline()
+        assert line, f"the build ended early:\n{said}"
+        said += line
     deadline = time.monotonic() + 30
     while not (kernels := kernels_below(process)) and time.monotonic() < deadline:
         time.sleep(0.1)
