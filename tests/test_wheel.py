@@ -1,6 +1,5 @@
 """The wheel, built and installed as a stranger would, works outside the repository."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,10 +7,7 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
-import nbformat
 import pytest
-
-from handbook_src.publish.book import Book
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -108,40 +104,3 @@ def test_the_commands_say_that_they_need_the_repository(stranger):
     assert code == 1
     assert "clone the repository" in err
     assert "Traceback" not in err
-
-
-def quickest():
-    """The downloadable notebook of the chapter that took the shortest time, if the book is built."""
-    book = Book(REPOSITORY)
-    times = {}
-    for staged in (book.stage / "book").rglob("*.ipynb"):
-        download = book.html / staged.relative_to(book.stage)
-        if download.exists():
-            stamp = nbformat.read(staged, as_version=4).metadata["handbook"]["verified"]
-            times[stamp["seconds"]] = download
-    return times[min(times)] if times else None
-
-
-@pytest.mark.site
-def test_a_downloaded_notebook_runs_with_the_wheel_in_an_empty_folder(stranger):
-    download = quickest()
-    if download is None:
-        if os.environ.get("HANDBOOK_REQUIRE_BROWSER") == "1":
-            pytest.fail("the book is not built")
-        pytest.skip("the book is not built")
-    python, folder = stranger
-    spec = {"argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "stranger"}
-    kernel = folder / "jupyter" / "kernels" / "stranger" / "kernel.json"
-    kernel.parent.mkdir(parents=True)
-    kernel.write_text(json.dumps({**spec, "language": "python"}), "utf8")
-    notebook = nbformat.read(download, as_version=4)
-    install = [cell for cell in notebook.cells if "install" in cell.metadata.get("tags", [])]
-    assert len(install) == 1, "the notebook's first cell installs the package"
-    assert install[0].source.startswith("%pip install")
-    notebook.cells.remove(install[0])  # the wheel stands in for what it would download
-    nbformat.write(notebook, folder / "chapter.ipynb")
-    line = [sys.executable, "-m", "papermill", "chapter.ipynb", "done.ipynb", "-k", "stranger", "--no-progress-bar"]
-    code, out, err = call(*line, cwd=folder, JUPYTER_PATH=str(folder / "jupyter"), OMP_NUM_THREADS="1")
-    assert code == 0, out + err
-    done = nbformat.read(folder / "done.ipynb", as_version=4)
-    assert sum(bool(cell.get("execution_count")) for cell in done.cells) >= 1
