@@ -15,6 +15,7 @@ from typing import Any
 
 import nbformat
 
+from handbook_src.errors import DataError
 from handbook_src.publish import report, site
 from handbook_src.publish.book import Book
 from handbook_src.publish.chapters import Chapter, Skip, chapters, choose, skips
@@ -190,7 +191,11 @@ def settle(
             stage.stub(chapter, f"This page failed when it was last executed: {outcome.failure.why}")
             outcomes.append(outcome)
         else:
-            stage.chapter(chapter, made.kept[chapter.page])
+            try:
+                stage.chapter(chapter, made.kept[chapter.page])
+            except DataError as error:  # edited while it ran
+                stage.stub(chapter, str(error))
+                outcome = Outcome(chapter.page, "failed", outcome.seconds, Failure(str(error)))
             outcomes.append(outcome)
     stage.close()
     return outcomes

@@ -15,6 +15,7 @@ from typing import Any
 import jupytext
 import nbformat
 
+from handbook_src.errors import DataError
 from handbook_src.publish.book import Book, write
 from handbook_src.publish.chapters import Chapter
 from handbook_src.publish.fingerprint import device_name
@@ -181,6 +182,18 @@ def _line_in_cell(trace: list[str]) -> int:
     return 1
 
 
+def _edited(now: str | None, ran: str | None) -> DataError:
+    def cell(source: str | None) -> str:
+        return "no further cell" if source is None else repr(source[:60])
+
+    return DataError(
+        "the chapter's code",
+        got=f"{cell(now)} in the text",
+        want=f"{cell(ran)}, as it was executed",
+        remedy="The text was edited while it ran: run the command again.",
+    )
+
+
 def _takes_parameters(cells: list[Any]) -> bool:
     return any("parameters" in c.metadata.get("tags", []) for c in cells)
 
@@ -219,15 +232,17 @@ def merge(text: Any, done: Any) -> Any:
     cells = []
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            ran = runs.pop(0)
-            if _injected(ran):
-                ran.metadata = nbformat.from_dict({"tags": ["injected-parameters", "remove-cell"]})
-                cells.append(ran)
-                ran = runs.pop(0)
-            if ran.source != cell.source:
-                raise ValueError(f"the kept execution is of other code: {ran.source[:60]!r}, want {cell.source[:60]!r}")
+            if runs and _injected(runs[0]):
+                injected = runs.pop(0)
+                injected.metadata = nbformat.from_dict({"tags": ["injected-parameters", "remove-cell"]})
+                cells.append(injected)
+            ran = runs.pop(0) if runs else None
+            if ran is None or ran.source != cell.source:
+                raise _edited(cell.source, None if ran is None else ran.source)
             cell.outputs, cell.execution_count = ran.outputs, ran.execution_count
         cells.append(cell)
+    if runs:
+        raise _edited(None, runs[0].source)
     notebook.cells = cells
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"

@@ -204,3 +204,25 @@ def test_a_text_that_cannot_be_read_stops_no_other(tiny, capsys):
     assert "its text can't be read" in said
     assert "1 of 2 chapters failed" in said
     assert text_of(staged(tiny, "b")) == ["1"]
+
+
+@pytest.mark.parametrize("cells", [("2",), ("1", "2"), ()], ids=["another", "one more", "none"])
+def test_a_text_that_is_edited_while_it_runs_stops_no_other(tiny, capsys, monkeypatch, cells):
+    tiny.chapter("a", "1")
+    tiny.chapter("b", "1")
+    execute = build.execute
+
+    def and_edit(*arguments):
+        ran = execute(*arguments)
+        tiny.chapter("a", *cells)
+        return ran
+
+    monkeypatch.setattr(build, "execute", and_edit)
+    assert tiny.build() == 1
+    said = capsys.readouterr().out
+    assert "The text was edited while it ran" in said
+    assert "1 of 2 chapters failed" in said
+    assert text_of(staged(tiny, "b")) == ["1"]
+    monkeypatch.undo()
+    if cells:
+        assert tiny.build() == 0
