@@ -20,7 +20,8 @@ def quantize(x: Float[Tensor, "*lead e"], dtype: torch.dtype = torch.int8) -> tu
 
     The bound is int8's (:math:`q_{\max} = 127`). fp8 (e4m3, :math:`q_{\max} = 448`) has
     three bits of mantissa: :math:`|x_j - s\,q_j| \le \max(2^{-4} |x_j|, 2^{-10} s)`.
-    The scale is float32; a vector of zeros gets scale 1; NaN and infinity come back as NaN.
+    The scale is float32 and never subnormal; a vector of zeros gets scale 1; NaN and
+    infinity come back as NaN.
 
     Raises:
         ConfigError: ``dtype`` is neither int8 nor float8_e4m3fn.
@@ -37,6 +38,6 @@ def quantize(x: Float[Tensor, "*lead e"], dtype: torch.dtype = torch.int8) -> tu
             remedy="int8 rounds finest on Gaussian values.",
         )
     top = x.detach().float().abs().amax(-1, keepdim=True)
-    scale = torch.where(top == 0, torch.ones_like(top), top / QUANTIZED[dtype])
+    scale = torch.where(top == 0, torch.ones_like(top), (top / QUANTIZED[dtype]).clamp_min(torch.finfo(top.dtype).tiny))
     scaled = x.detach().float() / scale
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale

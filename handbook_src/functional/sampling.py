@@ -60,6 +60,8 @@ def top_p_logits(logits: Float[Tensor, "*lead v"], p: float) -> Float[Tensor, "*
     if not 0.0 < p <= 1.0:
         raise ConfigError("top_p p", got=p, want="in (0, 1]", remedy="For the single most likely token use greedy.")
     ascending, order = logits.sort(dim=-1, stable=True)
+    if ascending.element_size() < 4:  # a sum in bfloat16 stops growing at 256 equal terms
+        ascending = ascending.float()
     dropped = ascending.softmax(-1).cumsum(-1) <= 1.0 - p
     dropped[..., -1] = False
     return logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))

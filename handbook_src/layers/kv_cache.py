@@ -52,9 +52,9 @@ class KVCache(ABC):
                 no room left; or gradients asked of a kind that writes in place.
         """
         self._check(k, v)
-        if self._like is None:
-            self._like = k.detach()[:, :0]
         kv = self._store(k, v)
+        if self._like is None:  # after the store: a refused update binds nothing
+            self._like = k.detach()[:, :0]
         self.seen += k.shape[1]
         return kv
 

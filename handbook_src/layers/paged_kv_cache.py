@@ -123,7 +123,8 @@ class PagedCache(KVCache):
         assert self.pool.v is not None
         page_size, end = self.pool.page_size, self.seen + k.shape[1]
         self._grow(k.shape[0], -(-end // page_size))
-        table = torch.tensor(self.table, device=k.device)
+        # typed and shaped by hand: of no pages torch would make a float vector, which indexes nothing
+        table = torch.tensor(self.table, dtype=torch.long, device=k.device).view(len(self.table), -(-end // page_size))
         at = torch.arange(self.seen, end, device=k.device)
         page, slot = table[:, at // page_size], at % page_size
         self.pool.k[page, slot] = k

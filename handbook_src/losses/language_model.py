@@ -76,7 +76,7 @@ def causal_lm_loss(
         z = z.float()
     loss = F.cross_entropy(
         z.flatten(0, 1),
-        target.flatten(),
+        target.flatten().long(),
         ignore_index=ignore_index,
         reduction="none",
     )

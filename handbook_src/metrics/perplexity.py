@@ -75,7 +75,7 @@ class Perplexity:
         z = logits.detach().reshape(-1, logits.shape[-1])
         nll = F.cross_entropy(
             z.float() if z.element_size() < 4 else z,
-            targets.reshape(-1),
+            targets.reshape(-1).long(),
             ignore_index=self.ignore_index,
             reduction="none",
         )
@@ -106,7 +106,10 @@ class Perplexity:
 
     def compute(self) -> float:
         """Return the perplexity of all that was seen; it does not depend on a base."""
-        return math.exp(self.entropy())
+        try:
+            return math.exp(self.entropy())
+        except OverflowError:  # beyond 709 nats a token
+            return math.inf
 
     def bits_per_byte(self, text_bytes: int) -> float:
         """Return the bits spent a byte of the text: the same scale for every tokenizer."""

@@ -38,3 +38,12 @@ def test_the_largest_is_exact_zero_stays_and_nan_shows() -> None:
 def test_refuses_other_types() -> None:
     with refuses(ConfigError, "torch.float16"):
         quantize(torch.ones(3), torch.float16)
+
+
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize("dtype", list(QUANTIZED))
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-37])
+def test_subnormal_vectors_keep_the_bound(dtype: torch.dtype, size: float) -> None:
+    x = torch.tensor([[size, -size / 3, 0.0]])
+    q, scale = quantize(x, dtype)
+    assert ((x - scale * q.float()).abs() <= torch.maximum(scale / 2, x.abs() / 16)).all()

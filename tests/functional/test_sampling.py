@@ -102,3 +102,12 @@ def test_refuses_empty_choices() -> None:
     for p in (0.0, 1.1, -0.1):
         with refuses(ConfigError, "top_p", p):
             sample(logits(), top_p=p)
+
+
+@pytest.mark.parity("gpt")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_top_p_of_two_bytes_keeps_what_float32_keeps(dtype: torch.dtype) -> None:
+    z = logits(3, 5000).to(dtype)
+    kept = top_p_logits(z, 0.9)
+    assert kept.dtype == dtype
+    assert torch.equal(kept.isfinite(), top_p_logits(z.float(), 0.9).isfinite())

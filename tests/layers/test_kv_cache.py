@@ -285,3 +285,20 @@ def test_one_pool_serves_one_kind_of_layer() -> None:
     PagedCache(pool).update(*kv(1, 2))
     with refuses(ShapeError, "(3, 5)", "(2, 5)"):
         PagedCache(pool).update(*kv(1, 2, 3))
+
+
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("shape", [(2, 0, 3, 5), (0, 2, 3, 5)])
+def test_nothing_in_gives_nothing_back(kind: str, shape: tuple[int, ...]) -> None:
+    k, v = EXACT[kind]().update(torch.zeros(shape), torch.zeros(shape))
+    assert (tuple(k.shape), tuple(v.shape)) == (shape, shape)
+
+
+@pytest.mark.refusal("kv-cache")
+def test_a_refused_update_binds_nothing() -> None:
+    for cache in (StaticCache(4), PagedCache(PagePool(2, 4))):
+        with refuses(ShapeError):
+            cache.update(torch.zeros(3, 9, 1, 2), torch.zeros(3, 9, 1, 2))
+        k, _ = cache.update(torch.ones(1, 2, 1, 2), torch.ones(1, 2, 1, 2))
+        assert (k.shape, cache.seen) == ((1, 2, 1, 2), 2)

@@ -131,3 +131,8 @@ def test_refuses_what_does_not_fit() -> None:
         causal_lm_loss(scores(), tokens()[:, 1:])
     with refuses(ShapeError, "(3, 1, 11)"):
         causal_lm_loss(scores(3, 1), tokens(3, 1))
+
+
+@pytest.mark.parity("clm-loss")
+def test_int32_tokens_give_the_same_loss() -> None:
+    torch.testing.assert_close(causal_lm_loss(scores(), tokens().int()), causal_lm_loss(scores(), tokens()))

@@ -108,3 +108,9 @@ def test_refuses_what_has_no_perplexity() -> None:
             Perplexity().update(z, w).entropy(base)
     with refuses(ConfigError, "bits_per_byte", 0):
         Perplexity().update(z, w).bits_per_byte(0)
+
+
+@pytest.mark.law("perplexity")
+def test_a_hopeless_model_has_infinite_perplexity_and_int32_targets_count() -> None:
+    z = torch.tensor([[0.0, 1000.0]])
+    assert Perplexity().update(z, torch.tensor([0], dtype=torch.int32)).compute() == math.inf
