@@ -248,6 +248,8 @@ def instance_norm(
     check_running("instance_norm", running_mean, running_var, required=not use_input_stats)
     if use_input_stats:
         check_count("instance_norm", x, x[0:1, 0:1].numel() if len(x) else 2, "positions")
+        if x.shape[0] == 0:  # no samples, nothing to track: their mean is NaN, in torch's operation too
+            running_mean = running_var = None
     parameters = (weight, bias, running_mean, running_var)
     if resolve("instance_norm", backend, candidates(backend, x, *parameters, mixed=True)) == "torch":
         return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)

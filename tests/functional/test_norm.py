@@ -443,3 +443,11 @@ def test_group_norm_refuses_groups_that_do_not_divide():
         group_norm(draw(2, 6), 4)
     with refuses(ConfigError, "num_groups", 0):
         group_norm(draw(2, 6), 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_instance_norm_of_no_samples_leaves_the_running_statistics(backend):
+    mean, var = draw(3), draw(3).square()
+    before = mean.clone(), var.clone()
+    assert instance_norm(draw(0, 3, 4), mean, var, backend=backend).shape == (0, 3, 4)
+    torch.testing.assert_close((mean, var), before, rtol=0, atol=0)
