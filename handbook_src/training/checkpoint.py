@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import zipfile
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def save(path: str | Path, run: Run, world: World) -> None:
         "format": FORMAT,
         "about": run.describe(),
         "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict() if run.scheduler is not None else None,
+        "optimizer": _plain(run.optimizer.state_dict()),
+        "scheduler": _plain(run.scheduler.state_dict()) if run.scheduler is not None else None,
         "scaler": run.scaler.state_dict(),
         "generator": run.generator.get_state(),
         "noise": noise,
@@ -80,6 +81,22 @@ def save(path: str | Path, run: Run, world: World) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` with NumPy scalars as Python numbers: ``weights_only`` reads no NumPy."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        kept = copy(value)  # of the same kind: MultiStepLR needs its Counter back
+        kept.clear()
+        kept.update({_plain(k): _plain(v) for k, v in value.items()})
+        return kept
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(v) for v in value)
+    return value
 
 
 def load(path: str | Path, run: Run, world: World) -> None:

@@ -237,3 +237,34 @@ def test_a_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         run(path, steps=4)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def resumes(path, make_lr, make_schedule):
+    """Assert that a run of 3 + 3 steps ends with the bits of one of 6."""
+
+    def go(path, steps):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=make_lr())
+        history = train(
+            model, lambda g: torch.randn(4, 3, generator=g), lambda m, x: m(x).square().mean(), optimizer,
+            steps=steps, generator=torch.Generator().manual_seed(0), scheduler=make_schedule(optimizer),
+            checkpoint=path, progress=False,
+        )  # fmt: skip
+        return model.state_dict(), history
+
+    go(path, 3)
+    assert_same(go(None, 6), go(path, 6))
+
+
+@pytest.mark.parametrize(
+    "make_schedule",
+    [
+        lambda o: None,
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: np.cos(s / 10)),
+        lambda o: torch.optim.lr_scheduler.MultiStepLR(o, np.array([2, 4])),
+    ],
+)
+@pytest.mark.parametrize("lr", [np.float64(1e-2), 1e-2])
+def test_numpy_scalars_in_the_state_continue(tmp_path, lr, make_schedule):
+    resumes(tmp_path / "run.pt", lambda: lr, make_schedule)
