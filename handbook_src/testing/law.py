@@ -10,22 +10,26 @@ from torch import Tensor
 from handbook_src.testing.parity import labelled
 
 
-def assert_causal(fn: Callable[[Tensor], Tensor], x: Tensor, *, axis: int = 1) -> None:
+def assert_causal(fn: Callable[[Tensor], Tensor], x: Tensor, *, axis: int = 1, seed: int = 0) -> None:
     """Assert that no output depends on a later input, along ``axis``.
 
     Checked twice: a change of the future leaves the past's outputs equal to the
     last bit, and the gradient of each output with respect to later inputs is zero.
+    Change and cotangent are random: a norm over features hides a constant one.
     """
+    generator = torch.Generator().manual_seed(seed)
     x = x.detach().clone().requires_grad_()
     y = fn(x)
     steps = x.shape[axis]
     for t in range(steps - 1):
         changed = x.detach().clone()
-        changed.narrow(axis, t + 1, steps - t - 1).add_(1.0)
+        future = changed.narrow(axis, t + 1, steps - t - 1)
+        future.add_(torch.randn(future.shape, generator=generator, dtype=torch.float64).to(future))
         past, again = y.narrow(axis, 0, t + 1), fn(changed).narrow(axis, 0, t + 1)
         if not torch.equal(past, again):
             raise AssertionError(f"output up to step {t} changed with the input after it")
-        (grad,) = torch.autograd.grad(past.sum(), x, retain_graph=True)
+        cotangent = torch.randn(past.shape, generator=generator, dtype=torch.float64).to(past)
+        (grad,) = torch.autograd.grad(past, x, cotangent, retain_graph=True)
         leak = grad.narrow(axis, t + 1, steps - t - 1).abs().max().item()
         if leak != 0.0:
             raise AssertionError(f"output up to step {t} has gradient {leak:.2e} from later inputs")

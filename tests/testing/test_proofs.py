@@ -71,6 +71,29 @@ def test_causal_catches_a_leak_in_the_gradient_alone():
         assert_causal(sly, X)
 
 
+def normed(x):
+    return torch.nn.functional.layer_norm(x, x.shape[-1:])
+
+
+def next_step(x):
+    return normed(x).roll(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("leak", "found"),
+    [
+        (lambda x: normed(x) + next_step(x), "changed"),
+        (lambda x: normed(x) + next_step(x).detach(), "changed"),
+        (lambda x: normed(x) + (next_step(x) - next_step(x).detach()), "gradient"),
+    ],
+)
+def test_causal_catches_a_leak_behind_a_norm(leak, found):
+    x = torch.randint(-8, 8, (2, 5, 8), generator=torch.Generator().manual_seed(0)).double()
+    assert_causal(normed, x)
+    with pytest.raises(AssertionError, match=found):
+        assert_causal(leak, x)
+
+
 def test_batch_independence_catches_batch_statistics():
     assert_batch_independent(torch.tanh, X)
     with pytest.raises(AssertionError, match="sample 0"):
