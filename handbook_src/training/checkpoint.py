@@ -46,6 +46,9 @@ class Run:
         about["optimizer"] = type(self.optimizer).__name__
         about["scheduler"] = type(self.scheduler).__name__
         about |= {f"optimizer {k}": repr(v) for k, v in self.optimizer.defaults.items()}
+        if isinstance(lr := self.optimizer.defaults.get("lr"), torch.Tensor):
+            # a scheduler writes into the default itself; initial_lr is its copy of the setting
+            about["optimizer lr"] = repr(self.optimizer.param_groups[0].get("initial_lr", lr))
         for i, group in enumerate(self.optimizer.param_groups):
             about[f"parameters in group {i}"] = str(len(group["params"]))
         for name, t in self.model.state_dict().items():

@@ -268,3 +268,15 @@ def resumes(path, make_lr, make_schedule):
 @pytest.mark.parametrize("lr", [np.float64(1e-2), 1e-2])
 def test_numpy_scalars_in_the_state_continue(tmp_path, lr, make_schedule):
     resumes(tmp_path / "run.pt", lambda: lr, make_schedule)
+
+
+@pytest.mark.parametrize(
+    "make_schedule",
+    [
+        lambda o: None,
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: 0.5**s),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, 10),
+    ],
+)
+def test_a_tensor_learning_rate_continues(tmp_path, make_schedule):
+    resumes(tmp_path / "run.pt", lambda: torch.tensor(1e-2), make_schedule)
