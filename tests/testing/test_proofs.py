@@ -51,6 +51,11 @@ def test_parity_catches_a_wrong_parameter_gradient():
         )  # fmt: skip
 
 
+def test_parity_catches_a_nan_gradient_where_the_oracle_has_none():
+    with pytest.raises(AssertionError, match="gradient of input 1: the oracle has none"):
+        assert_parity(lambda x, y: x * 2 + (y * 0).abs().sqrt(), lambda x, y: x * 2, [X, X])
+
+
 def test_relative_error_is_nan_for_nan():
     assert relative_error(torch.tensor([1.0]), torch.tensor([2.0])) == 0.5
     assert not relative_error(torch.tensor([float("nan")]), torch.tensor([2.0])) <= 1e9
