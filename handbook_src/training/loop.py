@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,8 +109,7 @@ def train(
         load(checkpoint, run, world)
         _refuse_shorter(len(history), steps, checkpoint)
     net = world.wrap(model)
-    mode = model.training
-    with _bar(len(history), steps, progress and world.writes) as bar:
+    with _mode_kept(model), _bar(len(history), steps, progress and world.writes) as bar:
         for step in range(len(history) + 1, steps + 1):
             net.train()
             start = time.perf_counter()
@@ -126,8 +125,17 @@ def train(
                 history.evaluations.append({"step": step, **_evaluation(model, evaluate)})
             if checkpoint is not None and _due(step, checkpoint_every, steps):
                 save(checkpoint, run, world)
-    model.train(mode)
     return history
+
+
+@contextmanager
+def _mode_kept(model: nn.Module) -> Iterator[None]:
+    """Leave ``model`` in training or evaluation mode as it came, whatever is raised."""
+    mode = model.training
+    try:
+        yield
+    finally:
+        model.train(mode)
 
 
 def _gradients(
@@ -150,8 +158,7 @@ def _gradients(
             continue
         with world.quiet(net, last=i // world.size == share - 1):
             with autocast:
-                value = loss(net, _to(batch, device))
-            _refuse_vector(value)
+                value = _scalar(loss(net, _to(batch, device)))
             run.scaler.scale(value / share).backward()
         total += value.detach() / share
     return float(world.mean(total))
@@ -268,9 +275,13 @@ def _refuse_shorter(done: int, steps: int, checkpoint: str | Path) -> None:
         )
 
 
-def _refuse_vector(value: Tensor) -> None:
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        got = f"{type(value).__name__} {value!r}"
+        raise ConfigError("loss", got=got, want="a scalar tensor", remedy="Return the tensor, without .item().")
     if value.numel() != 1:
         raise ConfigError("loss", got=f"shape {list(value.shape)}", want="a scalar", remedy="Return its mean.")
+    return value.reshape(())
 
 
 def _refuse_divergence(step: int, value: float, norm: float, precision: str, checkpoint: str | Path | None) -> None:

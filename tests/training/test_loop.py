@@ -283,3 +283,33 @@ def test_plateau_schedules_are_refused():
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
     with refuses(ConfigError, "ReduceLROnPlateau"):
         train(model, sample(4), mse, optimizer, steps=1, generator=rng(), scheduler=schedule, progress=False)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_a_loss_of_one_element_is_a_scalar(shape):
+    model, twin = net(), net()
+    one = train(
+        model, sample(4), lambda m, b: mse(m, b).reshape(shape), sgd(model), steps=2, generator=rng(), progress=False
+    )
+    two = train(twin, sample(4), mse, sgd(twin), steps=2, generator=rng(), progress=False)
+    assert one.loss == two.loss
+    assert torch.equal(weights(model), weights(twin))
+
+
+def test_a_loss_that_is_not_a_tensor():
+    model = net()
+    with refuses(ConfigError, "float 0.25", ".item()"):
+        train(model, sample(4), lambda m, b: 0.25, sgd(model), steps=1, generator=rng(), progress=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("part", ["sample", "evaluate"])
+def test_the_mode_is_kept_when_something_raises(part, training):
+    def broken(_):
+        raise RuntimeError("broken")
+
+    model = net().train(training)
+    parts = {"sample": sample(4), "evaluate": None, part: broken}
+    with pytest.raises(RuntimeError, match="broken"):
+        train(model, loss=mse, optimizer=sgd(model), steps=1, generator=rng(), progress=False, **parts)
+    assert model.training is training
