@@ -27,7 +27,12 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print the card of one component")
     show.add_argument("name", nargs="+", help="an id, title or synonym: rms-norm, SwiGLU, atrous convolution")
     ledger_ = commands.add_parser("claims", help="print the claims and their verdicts")
-    ledger_.add_argument("--json", action="store_true", help="print a list of objects with id, component, verdict")
+    ledger_.add_argument(
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,  # else it would undo a --json before the command
+        help="print a list of objects with id, component, verdict",
+    )
     return top
 
 
@@ -81,7 +86,7 @@ def print_claims(as_json: bool) -> None:
     warn_of_missing_runs()
     if as_json:
         rows = [{"id": e.id, "component": e.component, "verdict": e.verdict} for e in entries]
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        print(json.dumps(rows, indent=1))
         return
     for e in entries:
         print(f"{e.verdict:<12}{e.id:<32}{e.claim}")
@@ -102,7 +107,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         else:
             rows = chosen(options.part, options.status)
             if options.json:
-                print(json.dumps([c.as_dict() for c in rows], indent=1, ensure_ascii=False))
+                print(json.dumps([c.as_dict() for c in rows], indent=1))
             else:
                 print(listing(rows))
         sys.stdout.flush()

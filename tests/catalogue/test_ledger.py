@@ -11,6 +11,7 @@ import pytest
 
 from handbook_src.catalogue import claims
 from handbook_src.catalogue import ledger as ledger_module
+from handbook_src.catalogue.__main__ import run
 from handbook_src.catalogue.ledger import CLAIM_TYPE, current, find_root, find_stage, judged, ledger, staged
 from handbook_src.errors import DataError
 from handbook_src.notebook import CLAIM_TYPE as WRITTEN_TYPE
@@ -115,3 +116,11 @@ def test_the_stage_is_found_from_inside_the_repository(tmp_path: Path) -> None:
     stage = tmp_path / "_build" / "stage"
     (stage / "book").mkdir(parents=True)
     assert find_stage(inside) == stage
+
+
+@pytest.mark.parametrize("line", [["claims", "--json"], ["--json", "claims"]])
+def test_json_counts_before_and_after_the_command(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 175
+    assert {tuple(r) for r in rows} == {("id", "component", "verdict")}
