@@ -64,6 +64,7 @@ def additive_attention(
         Bahdanau et al. 2015, eqs. 5 and 6 and appendix A.1.2, arXiv:1409.0473
     """
     check_numbers(None, dropout)
+    _check_shapes(query, key, value, vector)
     if not (query.shape[-1] == key.shape[-1] == len(vector)):
         got = f"{query.shape[-1]}, {key.shape[-1]} and {len(vector)} features"
         refuse("additive attention's query, key and vector", got, "equal widths", "Project both to the same width.")
@@ -116,12 +117,15 @@ def multiplicative_attention(
         Luong et al. 2015, section 3.1, arXiv:1508.04025
     """
     check_numbers(None, dropout)
+    _check_shapes(query, key, value, vector)
     _check_luong(query, key, score, weight, vector)
     if score == "concat" and weight is not None and vector is not None:
         of_query, of_key = weight.split([query.shape[-1], key.shape[-1]], dim=1)
-        return additive_attention(query @ of_query.T, key @ of_key.T, value, vector, mask, dropout=dropout)
+        query, key = _wide(query) @ _wide(of_query).T, _wide(key) @ _wide(of_key).T
+        return additive_attention(query, key, value, _wide(vector), mask, dropout=dropout)
     (query, key, value), bad = without_nan(query, key, value)
-    scores = (query if weight is None else query @ weight) @ key.mT
+    query = _wide(query) if weight is None else _wide(query) @ _wide(weight)
+    scores = query @ _wide(key).mT
     return _contexts(scores, value, mask, bad, dropout)
 
 
@@ -138,6 +142,21 @@ def _contexts(
     weights = F.dropout(weights, dropout) if dropout else weights
     broken = broken_rows(bad[0][..., None], (bad[1] | bad[2])[..., None], mask)[:, 0]
     return (weights @ value).masked_fill(broken, math.nan), weights.masked_fill(broken, math.nan)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Float32 at least: a product of finite halves may be infinite."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, vector: Tensor | None) -> None:
+    axes = query.ndim == key.ndim == value.ndim == 3 and (vector is None or vector.ndim == 1)
+    if axes and query.shape[0] == key.shape[0] and key.shape[:2] == value.shape[:2]:
+        return
+    got = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    got += "" if vector is None else f", vector {tuple(vector.shape)}"
+    want = "query (b, t, d1), key (b, s, d2), value (b, s, d3), a vector of one axis"
+    refuse("alignment inputs", got, want, "Batches are equal, not broadcast; a single step has t = 1.")
 
 
 def _with_head(mask: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | None, scale: float,
     if bias is not None and not (isinstance(mask, Mask) and mask.batch is None):
         k, v = _blank(k, v, bias)  # a copy of both; rules that know no samples hold no padding
     if bias is not None:
-        bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
+        bias = bias if bias.dtype == torch.bool else _narrowed(bias, q.dtype)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -148,6 +148,14 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | None, scale: float,
     return out.transpose(1, 2)
 
 
+def _narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a bias so that what is finite stays finite: no -1e9 may turn into an infinity."""
+    limits = torch.finfo(dtype)
+    if torch.finfo(bias.dtype).max > limits.max:
+        bias = torch.where(bias.isfinite(), bias.clamp(limits.min, limits.max), bias)
+    return bias.to(dtype)
+
+
 def _blank(k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Zero the keys and values that no query of any head may see: 0 * NaN is NaN."""
     seen = _allowed(bias).any(-2)
@@ -158,7 +166,9 @@ def _blank(k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return masked_softmax(torch.einsum("bthe,bshe->bhts", q, _for_each_head(k, q)) * scale, mask)
+    wide = torch.promote_types(q.dtype, torch.float32)  # products of finite halves may be infinite
+    k = _for_each_head(k, q)
+    return masked_softmax(torch.einsum("bthe,bshe->bhts", q.to(wide), k.to(wide)) * scale, mask)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -158,3 +158,32 @@ def test_recurrent_attentions_refuse() -> None:
         multiplicative_attention(q, s, s, "concat", torch.ones(3, 9), torch.ones(3))
     with refuses(ShapeError, "attention mask", (3, 1, 3, 5)):
         multiplicative_attention(q, s, s, mask=padding(torch.tensor([1, 2, 3])))
+
+
+@pytest.mark.law("luong-attention")
+def test_luong_scores_of_halves_do_not_overflow() -> None:
+    query, source = 90 * torch.randn(1, 3, 128), 90 * torch.randn(1, 5, 128)
+    weight, wide = torch.eye(128), torch.cat([torch.eye(128), torch.eye(128)], 1) * 500
+    for parts in (("dot",), ("general", weight), ("concat", wide, torch.ones(128) / 64)):
+        halves = [x.half() if isinstance(x, Tensor) else x for x in parts]
+        context, weights = multiplicative_attention(query.half(), source.half(), source.half(), *halves)
+        assert context.dtype == weights.dtype == torch.float16
+        want = multiplicative_attention(
+            query.half().double(),
+            source.half().double(),
+            source.half().double(),
+            *(x.double() if isinstance(x, Tensor) else x for x in halves),
+        )
+        torch.testing.assert_close(context.double(), want[0], rtol=0.01, atol=0.2)
+
+
+@pytest.mark.refusal("bahdanau-attention", "luong-attention")
+def test_recurrent_attentions_do_not_broadcast() -> None:
+    q, s = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    for query, key, value in ((q[:1], s, s), (q, s[:1], s[:1]), (q, s, s[:1]), (q, s, s[:, :4]), (q[0], s, s)):
+        with refuses(ShapeError, "alignment inputs", tuple(query.shape)):
+            additive_attention(query, key, value, torch.ones(4))
+        with refuses(ShapeError, "alignment inputs", tuple(value.shape)):
+            multiplicative_attention(query, key, value)
+    with refuses(ShapeError, "alignment inputs", (4, 1)):
+        additive_attention(q, s, s, torch.ones(4, 1))

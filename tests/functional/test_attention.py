@@ -424,3 +424,29 @@ def test_refuses_numbers_that_cannot_work() -> None:
     for backend in ("triton", "flash"):
         with refuses(ConfigError, "backend", backend):
             scaled_dot_product_attention(q, k, v, backend=backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.law(SDPA)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_halves_do_not_overflow(dtype: torch.dtype) -> None:
+    q, k, v = (
+        x.to(dtype) for x in (30 * torch.randn(1, 8, 2, 128), 30 * torch.randn(1, 8, 2, 128), torch.randn(1, 8, 2, 4))
+    )
+    exact = attention_weights(q.double(), k.double())
+    torch.testing.assert_close(attention_weights(q, k).double(), exact, rtol=0.01, atol=0.01)
+    out = scaled_dot_product_attention(q, k, v, backend="reference")
+    want = scaled_dot_product_attention(q.double(), k.double(), v.double(), backend="reference")
+    torch.testing.assert_close(out.double(), want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.law(SDPA)
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("number", [torch.finfo(torch.float32).min, -1e9, 1e5])
+def test_finite_masks_beyond_the_dtype_stay_finite(backend: str, dtype: torch.dtype, number: float) -> None:
+    q, k, v = (x.to(dtype) for x in qkv())
+    mask = torch.zeros(5, 5).fill_diagonal_(number)
+    mask[0, 1:], mask[4] = -torch.inf, -torch.inf  # one visible key, then none
+    out = scaled_dot_product_attention(q, k, v, mask, backend=backend)
+    want = scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, backend="reference")
+    torch.testing.assert_close(out.float(), want, rtol=0.03, atol=0.03)
