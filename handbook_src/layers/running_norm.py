@@ -71,6 +71,16 @@ class _RunningNorm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Give a state dict of version 1, older than ``num_batches_tracked``, this layer's own count."""
+        key = prefix + "num_batches_tracked"
+        if (local_metadata.get("version") or 1) < 2 and self.num_batches_tracked is not None and key not in state_dict:
+            count = self.num_batches_tracked
+            state_dict[key] = torch.zeros((), dtype=torch.long) if count.is_meta else count
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "

@@ -316,3 +316,22 @@ def test_batch_norm_refuses_a_batch_of_one_value(name):
     with refuses(ShapeError, "1 value per channel", shape, "GroupNorm"):
         getattr(ours, name)(3)(torch.ones(shape))
     assert getattr(ours, name)(3).eval()(torch.ones(shape)).shape == shape
+
+
+@pytest.mark.parametrize("versioned", [False, True])
+@pytest.mark.parametrize("name", RUNNING)
+def test_loads_a_state_dict_older_than_the_batch_count(name, versioned):
+    options = {"affine": True, "track_running_stats": True}
+    theirs, mine = getattr(nn, name)(3, **options), getattr(ours, name)(3, **options)
+    for norm in (theirs, mine):
+        norm.num_batches_tracked.fill_(7)
+        old = getattr(nn, name)(3, **options).state_dict()
+        del old["num_batches_tracked"]
+        old["running_mean"].fill_(5)
+        old._metadata[""]["version"] = 1
+        norm.load_state_dict(old if versioned else dict(old))
+    torch.testing.assert_close(mine.state_dict(), theirs.state_dict())
+    new = theirs.state_dict()
+    del new["num_batches_tracked"]
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        mine.load_state_dict(new)  # version 2 promises the count
