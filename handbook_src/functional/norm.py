@@ -191,7 +191,7 @@ def batch_norm(
     check_channels("batch_norm", x, running_mean, running_var, weight, bias)
     check_running("batch_norm", running_mean, running_var, required=not training)
     if training:
-        check_count("batch_norm", x, x.numel() // x.shape[1], "batch and positions")
+        check_count("batch_norm", x, x.shape[0] * x.shape[2:].numel(), "batch and positions")
     parameters = (weight, bias, running_mean, running_var)
     if resolve("batch_norm", backend, candidates(backend, x, *parameters, mixed=True)) == "torch":
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)

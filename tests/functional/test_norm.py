@@ -451,3 +451,8 @@ def test_instance_norm_of_no_samples_leaves_the_running_statistics(backend):
     before = mean.clone(), var.clone()
     assert instance_norm(draw(0, 3, 4), mean, var, backend=backend).shape == (0, 3, 4)
     torch.testing.assert_close((mean, var), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_norm_of_no_channels_is_empty(backend):
+    assert batch_norm(draw(2, 0), None, None, training=True, backend=backend).shape == (2, 0)
