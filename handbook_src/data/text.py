@@ -7,9 +7,11 @@ carries the digest of the text it was made from.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +123,8 @@ def train_bpe(text: str, vocab_size: int = 1024, *, cache: str | Path | None = N
     library = _tokenizers()
     path = Path(cache) / f"bpe-{vocab_size}-{digest(text)}.json" if cache is not None else None
     if path is not None and path.exists():
-        return library.Tokenizer.from_file(str(path))
+        with contextlib.suppress(Exception):  # the library raises no narrower kind; a torn file is made again
+            return library.Tokenizer.from_file(str(path))
     bytelevel = library.pre_tokenizers.ByteLevel
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = bytelevel(add_prefix_space=False)
@@ -135,7 +138,9 @@ def train_bpe(text: str, vocab_size: int = 1024, *, cache: str | Path | None = N
     tokenizer.train_from_iterator([text], trainer)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(path))
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        tokenizer.save(str(beside))
+        os.replace(beside, path)  # whole or not at all, also with two processes at it
     return tokenizer
 
 

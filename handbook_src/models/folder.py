@@ -28,7 +28,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder = Path(folder)
     config = _json(folder / CONFIG, "the model's configuration")
     if (folder / INDEX).exists():
-        index = _json(folder / INDEX, "the list of shards").get("weight_map", {})
+        index = _shards(folder / INDEX)
         weights: dict[str, Tensor] = {}
         for shard in sorted(set(index.values())):
             weights.update(_tensors(folder / shard))
@@ -81,13 +81,21 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
             p.copy_(weights[name])
 
 
+def _shards(path: Path) -> dict[str, str]:
+    index = _json(path, "the list of shards").get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+        raise DataError(
+            f"{path} weight_map", got=repr(index)[:80], want="an object: a file for each key", remedy="Copy it again."
+        )
+    return index
+
+
 def _json(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError as e:
-        raise DataError(
-            str(path), got="no such file", want=what, remedy="Pass a folder that save_pretrained wrote."
-        ) from e
+    except OSError as e:
+        got = "no such file" if isinstance(e, FileNotFoundError) else (e.strerror or str(e)).lower()
+        raise DataError(str(path), got=got, want=what, remedy="Pass a folder that save_pretrained wrote.") from e
     except ValueError as e:
         raise DataError(str(path), got=f"broken JSON ({e})", want=what, remedy="Copy the file again.") from e
     if not isinstance(content, dict):
@@ -96,7 +104,7 @@ def _json(path: Path, what: str) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
+    if not path.is_file():
         others = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".safetensors", ".pt"))
         raise DataError(
             str(path),

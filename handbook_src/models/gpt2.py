@@ -62,7 +62,15 @@ class GPT2Config:
                 "GPT2Config dim", got=self.dim, want=f"a multiple of heads={self.heads}", remedy="64 a head is usual."
             )
         shares = [self.dropout] * 3 if isinstance(self.dropout, float | int) else self.dropout
+        if len(shares) != 3:
+            raise ConfigError(
+                "GPT2Config dropout", got=shares, want="one number or three", remedy="Embedding, attention, residual."
+            )
         object.__setattr__(self, "dropout", Dropout(*map(float, shares)))
+        if self.hidden_dim < 0:
+            raise ConfigError(
+                "GPT2Config hidden_dim", got=self.hidden_dim, want="positive", remedy="0 takes four times dim."
+            )
         if self.hidden_dim == 0:
             object.__setattr__(self, "hidden_dim", 4 * self.dim)
 

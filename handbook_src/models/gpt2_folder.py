@@ -44,7 +44,22 @@ def settings_from_hf(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
                 remedy="This is not a GPT-2 as published; load it with its own library.",
             )
     settings = {ours: raw[theirs] for theirs, ours in _SETTINGS.items() if raw.get(theirs) is not None}
-    return settings | {"dropout": tuple(float(raw.get(theirs, 0.1)) for theirs in _DROPOUTS)}
+    shares = {theirs: raw.get(theirs, 0.1) for theirs in _DROPOUTS}
+    given = {theirs: settings[ours] for theirs, ours in _SETTINGS.items() if ours in settings}
+    for key, value in (given | shares).items():
+        _check_number(key, value, source)
+    return settings | {"dropout": tuple(map(float, shares.values()))}
+
+
+def _check_number(key: str, value: Any, source: str) -> None:
+    whole = key not in (*_DROPOUTS, "layer_norm_epsilon", "initializer_range")
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise DataError(
+            f"{source}/config.json {key}",
+            got=repr(value),
+            want="a whole number" if whole else "a number",
+            remedy="Write the number that the model was trained with, or leave the key out.",
+        )
 
 
 def config_to_hf(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +100,7 @@ def weights_from_hf(weights: Mapping[str, Tensor], source: str) -> dict[str, Ten
     for name, w in plain.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, which early releases stored as a buffer
+        _check_weight(name, w, source)
         if w.ndim == 2 and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             w = w.T
         if ".attn.c_attn." in name:
@@ -93,6 +109,23 @@ def weights_from_hf(weights: Mapping[str, Tensor], source: str) -> dict[str, Ten
         else:
             ours[_renamed(name)] = w
     return ours
+
+
+def _check_weight(name: str, w: Tensor, source: str) -> None:
+    if not w.is_floating_point():
+        raise DataError(
+            f"weights of {source}: {name}",
+            got=str(w.dtype),
+            want="floating point",
+            remedy="Quantised checkpoints need their own library; save the model in float16.",
+        )
+    if ".attn.c_attn." in name and (w.ndim != (2 if name.endswith("weight") else 1) or w.shape[-1] % 3):
+        raise DataError(
+            f"weights of {source}: {name}",
+            got=tuple(w.shape),
+            want="a matrix (the bias: a vector) whose last axis is three equal parts, for queries, keys, values",
+            remedy="config.json and the weights belong to different models.",
+        )
 
 
 def _renamed(name: str) -> str:

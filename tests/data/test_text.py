@@ -159,3 +159,19 @@ def test_refusals(corpus: Corpus, generator: torch.Generator, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with refuses(DataError, "pip install tokenizers"):
         train_bpe("a")
+
+
+def test_a_torn_cache_file_is_made_again_and_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "the cat sat on the mat " * 20
+    whole = train_bpe(text, 260, cache=tmp_path).to_str()
+    (path,) = tmp_path.iterdir()
+    path.write_text(whole[:50])
+    replaced: list[Path] = []
+
+    def replace(a: Path, b: Path) -> None:
+        replaced.append(b)
+        a.rename(b)
+
+    monkeypatch.setattr("os.replace", replace)
+    assert train_bpe(text, 260, cache=tmp_path).to_str() == whole
+    assert replaced == [path] == list(tmp_path.iterdir())

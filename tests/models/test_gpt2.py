@@ -436,6 +436,45 @@ def test_refuses_a_config_without_sense(tmp_path: Path) -> None:
 
 
 @pytest.mark.refusal("gpt")
+def test_refuses_dropout_and_hidden_dim_without_sense() -> None:
+    for shares in ((0.1, 0.2), (0.1, 0.2, 0.3, 0.4)):
+        with refuses(ConfigError, "dropout", shares):
+            GPT2Config(**SIZES, dropout=shares)
+    with refuses(ConfigError, "hidden_dim", -4):
+        GPT2Config(**SIZES | {"hidden_dim": -4})
+
+
+@pytest.mark.refusal("gpt")
+@pytest.mark.parametrize(("key", "value"), [("resid_pdrop", None), ("n_embd", 24.0), ("layer_norm_epsilon", "1e-5")])
+def test_refuses_settings_that_are_no_numbers(key: str, value: Any, tmp_path: Path) -> None:
+    edit(saved(tmp_path), **{key: value})
+    with refuses(DataError, key, repr(value)):
+        GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.refusal("gpt")
+def test_refuses_a_file_as_folder_and_an_index_that_is_none(tmp_path: Path) -> None:
+    with refuses(DataError, "config.json", "not a directory"):
+        GPT2.from_pretrained(saved(tmp_path) / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    with refuses(DataError, "weight_map", "[]"):
+        GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.refusal("gpt")
+def test_refuses_a_fused_matrix_of_odd_width_and_whole_numbers(tmp_path: Path) -> None:
+    path = saved(tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    for name, shape in (("weight", (15, 2)), ("bias", (1, 45))):
+        save_file(weights | {f"transformer.h.0.attn.c_attn.{name}": torch.zeros(shape)}, path)
+        with refuses(DataError, f"h.0.attn.c_attn.{name}", shape):
+            GPT2.from_pretrained(tmp_path)
+    save_file({n: w.to(torch.int8) for n, w in weights.items()}, path)
+    with refuses(DataError, "torch.int8"):
+        GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.refusal("gpt")
 def test_refuses_a_folder_without_a_shard(tmp_path: Path) -> None:
     theirs().save_pretrained(tmp_path / "a", max_shard_size="6KB")
     shard = sorted((tmp_path / "a").glob("model-*.safetensors"))[1]
