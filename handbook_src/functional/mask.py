@@ -99,6 +99,23 @@ class Mask:
     def __repr__(self) -> str:
         return self.text
 
+    def __copy__(self) -> Mask:
+        return self  # rules never change, and ``is full`` and ``is causal`` choose the fast paths
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mask:
+        return self
+
+    def __reduce__(self) -> str:
+        for name, rule in (("full", full), ("causal", causal), ("anticausal", anticausal)):
+            if self is rule:
+                return name
+        raise ConfigError(
+            "mask rule to pickle",
+            got=self.text,
+            want="full, causal or anticausal",
+            remedy="A rule is a function: save the layer's state_dict(), and make the rule again when loading.",
+        )
+
     def dense(
         self, t: int, s: int | None = None, *, offset: int | None = None, device: torch.device | str | None = None
     ) -> Bool[Tensor, "*lead t s"]:
@@ -112,7 +129,7 @@ class Mask:
 
         Raises:
             ShapeError: more queries than keys under a rule that compares positions,
-                or more positions than the rule was made for.
+                or positions that the rule was not made for.
         """
         s = t if s is None else s
         start = self._start(t, s, offset)
@@ -154,6 +171,13 @@ class Mask:
                 remedy="Pass offset= to place the first query, or drop the rule for cross-attention.",
             )
         start = max(s - t, 0) if offset is None else offset
+        if self.extent is not None and start < 0:
+            raise ShapeError(
+                f"offset under {self}",
+                got=start,
+                want="at least 0",
+                remedy="The rule looks positions up in a table, which begins at 0.",
+            )
         if self.extent is not None and max(start + t, s) > self.extent:
             raise ShapeError(
                 f"positions under {self}",

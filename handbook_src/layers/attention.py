@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Protocol, final, runtime_checkable
 
@@ -14,6 +15,7 @@ from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import (
     MaskLike,
     attention_weights,
+    check_mask,
     scaled_dot_product_attention,
 )
 from handbook_src.functional.mask import Mask, causal, full
@@ -172,11 +174,11 @@ class MultiHeadAttention(nn.Module):
         keep = [i for i, head in enumerate(self.kept_heads) if head not in gone]
         rows = (torch.tensor(keep)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
         for proj in (self.q_proj, self.k_proj, self.v_proj):
-            proj.weight = nn.Parameter(proj.weight[rows.to(proj.weight.device)])
+            proj.weight = _part(proj.weight, rows, 0)
             if proj.bias is not None:
-                proj.bias = nn.Parameter(proj.bias[rows.to(proj.bias.device)])
+                proj.bias = _part(proj.bias, rows, 0)
             proj.out_features = len(rows)
-        self.out_proj.weight = nn.Parameter(self.out_proj.weight[:, rows.to(self.out_proj.weight.device)])
+        self.out_proj.weight = _part(self.out_proj.weight, rows, 1)
         self.out_proj.in_features = len(rows)
         self.kept_heads = [head for head in self.kept_heads if head not in gone]
         self.heads = len(self.kept_heads)
@@ -184,6 +186,11 @@ class MultiHeadAttention(nn.Module):
     def extra_repr(self) -> str:
         pruned = "" if self.kept_heads == list(range(self.heads)) else f", kept_heads={self.kept_heads}"
         return f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, dropout={self.dropout}{pruned}"
+
+
+def _part(old: Tensor, index: Tensor, dim: int) -> nn.Parameter:
+    """Some rows or columns of a parameter; a frozen one stays frozen."""
+    return nn.Parameter(old.index_select(dim, index.to(old.device)), requires_grad=old.requires_grad)
 
 
 class SelfAttention(MultiHeadAttention):
@@ -220,11 +227,40 @@ class SelfAttention(MultiHeadAttention):
     def forward(  # type: ignore[override]
         self,
         x: Float[Tensor, "b t d"],
-        mask: Mask | None = None,
+        mask: MaskLike | None = None,
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to ``x`` under the layer's rule, and ``mask`` (padding) where given."""
-        return super().forward(x, mask=self.rule if mask is None else self.rule & mask, cache=cache)
+        return super().forward(x, mask=self._under_rule(x, mask), cache=cache)
+
+    def weights(  # type: ignore[override]
+        self, x: Float[Tensor, "b t d"], mask: MaskLike | None = None
+    ) -> Float[Tensor, "b h t s"]:
+        """Return each head's attention weights under the layer's rule, without dropout."""
+        return super().weights(x, mask=self._under_rule(x, mask))
+
+    def _under_rule(self, x: Tensor, mask: MaskLike | None) -> MaskLike:
+        """Join a mask with the rule; a tensor's last axis says how many keys there are."""
+        if mask is None:
+            return self.rule
+        if isinstance(mask, Mask):
+            return self.rule & mask
+        (b, t), s = x.shape[:2], mask.shape[-1] if mask.ndim else 0
+        for part in (mask, self.rule):
+            check_mask(part, b, self.heads, t, s)
+        seen = self.rule.dense(t, s, device=mask.device)
+        return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
+
+    def prune_heads(self, heads: Iterable[int]) -> None:
+        """Remove heads as :meth:`MultiHeadAttention.prune_heads` does; a rule that knows heads is refused."""
+        if self.rule.heads is not None:
+            raise ConfigError(
+                "rule of a layer to prune",
+                got=self.rule,
+                want="a rule without heads",
+                remedy="per_head numbers the heads, which pruning moves: give the layer another rule first.",
+            )
+        super().prune_heads(heads)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -287,3 +289,23 @@ def test_refusals_of_tensors_that_do_not_fit() -> None:
         causal & 3  # type: ignore[operator]
     with pytest.raises(TypeError):
         causal | "window"  # type: ignore[operator]
+
+
+@pytest.mark.law("attention-masks")
+def test_rules_are_copied_and_pickled_as_themselves() -> None:
+    rule = causal & window(3)
+    for mask in (full, causal, anticausal, rule):
+        assert copy.copy(mask) is mask
+        assert copy.deepcopy([mask])[0] is mask
+    for mask in (full, causal, anticausal):
+        assert pickle.loads(pickle.dumps(mask)) is mask
+    with refuses(ConfigError, "mask rule to pickle", "causal & window(3)", "state_dict()"):
+        pickle.dumps(rule)
+
+
+@pytest.mark.refusal("attention-masks")
+def test_a_table_has_no_positions_before_zero() -> None:
+    for rule in (documents(torch.tensor([[0, 0, 1, 1]])), block(2, torch.eye(2, dtype=torch.bool))):
+        with refuses(ShapeError, "offset under", -1):
+            rule.dense(2, 4, offset=-1)
+    assert causal.dense(2, 4, offset=-1).tolist() == [[False] * 4, [True] + [False] * 3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Iterator
 
 import jaxtyping
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.mask import Mask, causal, full, left_padding, padding, prefix_lm, window
+from handbook_src.functional.mask import Mask, causal, full, left_padding, padding, per_head, prefix_lm, window
 from handbook_src.layers.attention import (
     BidirectionalAttention,
     CausalAttention,
@@ -309,3 +310,57 @@ def test_refusals_of_pruning() -> None:
 
 def test_full_is_the_default_rule() -> None:
     assert SelfAttention(4).rule is full
+
+
+@pytest.mark.law("self-attention")
+def test_weights_stand_under_the_layers_rule() -> None:
+    x = torch.randn(2, 5, 8)
+    weights = CausalAttention(8, 2).weights(x)
+    assert (weights.triu(1) == 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 5))
+    layer = SelfAttention(8, 2, rule=window(2))
+    both = layer.weights(x, padding(torch.tensor([5, 3])))
+    assert (both[1, :, :, 3:] == 0).all()
+    assert (both.triu(2) == 0).all()
+
+
+@pytest.mark.law("self-attention")
+@pytest.mark.parametrize("rule", [causal, full, per_head(causal, window(2))])
+def test_a_mask_may_be_a_tensor(rule: Mask) -> None:
+    layer, x, lengths = SelfAttention(8, 2, rule=rule), torch.randn(2, 5, 8), torch.tensor([5, 3])
+    mask = padding(lengths)
+    seen = mask.dense(5)
+    bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    for tensor in (seen, bias):
+        torch.testing.assert_close(layer(x, tensor), layer(x, mask))
+        torch.testing.assert_close(layer.weights(x, tensor), layer.weights(x, mask))
+    with refuses(ShapeError, "attention mask", (4, 5)):
+        layer(x, torch.ones(4, 5, dtype=torch.bool))
+
+
+@pytest.mark.law("multi-head-attention")
+def test_pruning_leaves_frozen_what_is_frozen() -> None:
+    layer = MultiHeadAttention(8, 4)
+    layer.q_proj.requires_grad_(False)
+    layer.out_proj.weight.requires_grad_(False)
+    layer.prune_heads([1])
+    frozen = {name for name, p in layer.named_parameters() if not p.requires_grad}
+    assert frozen == {"q_proj.weight", "q_proj.bias", "out_proj.weight"}
+
+
+@pytest.mark.refusal("self-attention")
+def test_pruning_refuses_a_rule_that_knows_heads() -> None:
+    layer = SelfAttention(8, 2, rule=per_head(causal, full))
+    before = layer(x := torch.randn(1, 3, 8))
+    with refuses(ConfigError, "rule of a layer to prune", "per_head"):
+        layer.prune_heads([0])
+    torch.testing.assert_close(layer(x), before)
+
+
+@pytest.mark.registration("self-attention")
+@pytest.mark.parametrize("make", [CausalAttention, BidirectionalAttention])
+def test_layers_pickle_with_their_rule(make: type[SelfAttention]) -> None:
+    layer, x = make(8, 2), torch.randn(2, 3, 8)
+    again = pickle.loads(pickle.dumps(layer))
+    assert again.rule is copy.deepcopy(layer).rule is layer.rule
+    torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
