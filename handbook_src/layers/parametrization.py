@@ -156,12 +156,20 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
         dim: the axis with one length an entry; ``None`` for one length in all.
 
     Raises:
-        ConfigError: no such parameter or axis, or a unit whose weights are all zero.
+        ConfigError: no such parameter or axis, one that is parametrised already, or a unit whose weights are all zero.
 
     Source:
         Salimans & Kingma 2016, eq. 2, arXiv:1602.07868
     """
     weight = _parameter("weight_norm", module, name)
+    if parametrize.is_parametrized(module, name):  # only the first of a chain may split its weight in two
+        chain = module.get_submodule(f"parametrizations.{name}")
+        raise ConfigError(
+            "weight_norm name",
+            got=f"{name!r}, already under {[type(p).__name__ for p in chain.children()]}",
+            want="a parameter without parametrisation",
+            remedy="Call weight_norm first, or torch.nn.utils.parametrize.remove_parametrizations before it.",
+        )
     if dim is not None:
         maths.axis("weight_norm", dim, weight.ndim)
     parametrize.register_parametrization(module, name, WeightNorm(dim), unsafe=True)

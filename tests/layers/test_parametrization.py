@@ -216,3 +216,12 @@ def test_weight_norm_refuses_a_unit_without_direction():
     nn.init.zeros_(layer.weight)
     with refuses(ConfigError, "the whole weight"):
         ours.weight_norm(layer, dim=None)
+
+
+@pytest.mark.refusal("weight-norm")
+@pytest.mark.parametrize(("first", "under"), [("weight_norm", "WeightNorm"), ("spectral_norm", "SpectralNorm")])
+def test_weight_norm_refuses_to_come_second(first, under):
+    layer = getattr(ours, first)(nn.Linear(5, 3))
+    with refuses(ConfigError, "already", under, "remove_parametrizations"):
+        ours.weight_norm(layer)
+    assert ours.spectral_norm(layer)(torch.ones(2, 5)).shape == (2, 3)  # which may: it maps one weight to one
