@@ -59,7 +59,8 @@ def scaled_dot_product_attention(
     Raises:
         ShapeError: shapes that don't fit, heads that don't divide, a mask of the wrong
             shape or dtype, more queries than keys under a causal rule.
-        ConfigError: ``dropout`` outside [0, 1), ``scale`` not positive.
+        ConfigError: ``dropout`` outside [0, 1), ``scale`` not positive, a mask that is neither
+            rule nor tensor.
 
     Source:
         Vaswani et al. 2017, eq. 1, arXiv:1706.03762
@@ -234,6 +235,9 @@ def check_mask(mask: MaskLike | None, b: int, h: int, t: int, s: int) -> None:
     if isinstance(mask, Mask):
         mask._start(t, s, None)
         shape: tuple[int, ...] = (mask.batch or 1, mask.heads or 1, t, s)
+    elif not isinstance(mask, Tensor):
+        remedy = "Call the factory, as in window(256), or make a list a tensor."
+        raise ConfigError("attention mask", got=repr(mask), want="a Mask or a tensor", remedy=remedy)
     elif mask.dtype != torch.bool and not mask.is_floating_point():
         refuse("attention mask dtype", mask.dtype, "bool or floating", "Use mask.bool(), where true = may attend.")
     else:
@@ -245,6 +249,8 @@ def check_mask(mask: MaskLike | None, b: int, h: int, t: int, s: int) -> None:
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim == 4 and q.shape[3] == 0:
+        refuse("attention inputs", f"q {tuple(q.shape)}", "at least one feature a head", "1/sqrt(0) is no scale.")
     if q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3] and q.shape[::3] == k.shape[::3]:
         if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
             heads = f"{q.shape[2]} query, {k.shape[2]} key"

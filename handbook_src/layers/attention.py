@@ -132,7 +132,7 @@ class MultiHeadAttention(nn.Module):
                 remedy="A memory does not grow: its keys and values are the same at each step.",
             )
         source = x if memory is None else memory
-        if x.shape[-1] != self.dim or source.shape[-1] != self.kv_dim:
+        if not x.ndim == source.ndim == 3 or x.shape[-1] != self.dim or source.shape[-1] != self.kv_dim:
             raise ShapeError(
                 "features",
                 got=f"x {tuple(x.shape)}, memory {tuple(source.shape)}",
@@ -241,11 +241,9 @@ class SelfAttention(MultiHeadAttention):
 
     def _under_rule(self, x: Tensor, mask: MaskLike | None) -> MaskLike:
         """Join a mask with the rule; a tensor's last axis says how many keys there are."""
-        if mask is None:
-            return self.rule
-        if isinstance(mask, Mask):
-            return self.rule & mask
-        (b, t), s = x.shape[:2], mask.shape[-1] if mask.ndim else 0
+        if mask is None or isinstance(mask, Mask):
+            return self.rule if mask is None else self.rule & mask
+        (b, t), s = x.shape[:2], mask.shape[-1] if isinstance(mask, Tensor) and mask.ndim else 0
         for part in (mask, self.rule):
             check_mask(part, b, self.heads, t, s)
         seen = self.rule.dense(t, s, device=mask.device)

@@ -430,7 +430,7 @@ def test_refuses_numbers_that_cannot_work() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_of_halves_do_not_overflow(dtype: torch.dtype) -> None:
     q, k, v = (
-        x.to(dtype) for x in (30 * torch.randn(1, 8, 2, 128), 30 * torch.randn(1, 8, 2, 128), torch.randn(1, 8, 2, 4))
+        x.to(dtype) for x in (60 * torch.randn(1, 8, 2, 128), 60 * torch.randn(1, 8, 2, 128), torch.randn(1, 8, 2, 4))
     )
     exact = attention_weights(q.double(), k.double())
     torch.testing.assert_close(attention_weights(q, k).double(), exact, rtol=0.01, atol=0.01)
@@ -450,3 +450,17 @@ def test_finite_masks_beyond_the_dtype_stay_finite(backend: str, dtype: torch.dt
     out = scaled_dot_product_attention(q, k, v, mask, backend=backend)
     want = scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, backend="reference")
     torch.testing.assert_close(out.float(), want, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.refusal(SDPA)
+@pytest.mark.parametrize("mask", ["causal", [[True]], window])
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_mask_is_refused(mask: object) -> None:
+    with refuses(ConfigError, "attention mask", "a Mask or a tensor"):
+        scaled_dot_product_attention(*qkv(), mask)  # type: ignore[arg-type]
+
+
+@pytest.mark.refusal(SDPA)
+def test_heads_without_features_are_refused() -> None:
+    with refuses(ShapeError, "at least one feature"):
+        scaled_dot_product_attention(*qkv(e=0))

@@ -364,3 +364,14 @@ def test_layers_pickle_with_their_rule(make: type[SelfAttention]) -> None:
     again = pickle.loads(pickle.dumps(layer))
     assert again.rule is copy.deepcopy(layer).rule is layer.rule
     torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.refusal(*ALL)
+@pytest.mark.usefixtures("unchecked")
+def test_inputs_without_a_batch_and_masks_that_are_none_are_refused() -> None:
+    for layer in (MultiHeadAttention(8, 2), SelfAttention(8, 2)):
+        for shape in ((3, 8), (1, 1, 3, 8)):
+            with refuses(ShapeError, "features", shape):
+                layer(torch.randn(shape))
+        with refuses(ConfigError, "attention mask", "causal"):
+            layer(torch.randn(1, 3, 8), mask="causal")
