@@ -132,7 +132,7 @@ def rms_norm(
     Source:
         Zhang & Sennrich 2019, eq. 4, arXiv:1910.07467
     """
-    check_input("rms_norm", x, eps)
+    check_input("rms_norm", x, eps, optional=True)
     check_trailing("rms_norm", x, tuple(x.shape[-1:]), weight, None)
     eps = torch.finfo(statistic_dtype(x)).eps if eps is None else eps
     runs = resolve("rms_norm", backend, candidates(backend, x, weight, mixed=False, triton=True))

@@ -27,13 +27,13 @@ def as_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
-def check_eps(op: str, eps: float | None) -> None:
+def check_eps(op: str, eps: float | None, *, optional: bool = False) -> None:
     """Refuse an ``eps`` that would let a constant input divide by zero.
 
     Raises:
-        ConfigError: ``eps`` is zero, negative or NaN.
+        ConfigError: ``eps`` is zero, negative or NaN, or None where it is not ``optional``.
     """
-    if eps is not None and not eps > 0:
+    if not optional if eps is None else not eps > 0:
         raise ConfigError(
             f"{op} eps",
             got=eps,
@@ -57,14 +57,14 @@ def check_dropout(op: str, dropout: float) -> None:
         )
 
 
-def check_input(op: str, x: Tensor, eps: float | None) -> None:
-    """Refuse a bad ``eps`` and activations that are not floating point.
+def check_input(op: str, x: Tensor, eps: float | None, *, optional: bool = False) -> None:
+    """Refuse a bad ``eps`` (None is one unless ``optional``) and activations that are not floating point.
 
     Raises:
         ConfigError: ``eps`` is not positive.
         ShapeError: ``x`` holds integers, booleans or complex numbers, or has no axis.
     """
-    check_eps(op, eps)
+    check_eps(op, eps, optional=optional)
     if not x.is_floating_point():
         raise ShapeError(
             f"{op} input dtype",

@@ -143,7 +143,7 @@ class RMSNorm(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_eps("RMSNorm", eps)
+        check_eps("RMSNorm", eps, optional=True)
         self.normalized_shape = as_shape(normalized_shape)
         self.eps, self.elementwise_affine, self.backend = eps, elementwise_affine, backend
         self.weight = _parameter(self.normalized_shape, elementwise_affine, device, dtype)

@@ -104,8 +104,9 @@ def test_refuses_by_value(fused, monkeypatch):
     for p in (-0.1, 1.0, 1.5, float("nan")):
         with refuses(ConfigError, "dropout", p):
             fused(x, x, dropout=p)
-    with refuses(ConfigError, "eps", 0):
-        fused(x, x, eps=0)
+    for eps in (0, None):
+        with refuses(ConfigError, "eps", eps):
+            fused(x, x, eps=eps)
     with refuses(ShapeError, (4,), (3, 4)):
         fused(x, draw(4))
     with refuses(ShapeError, "weight", (3,)):

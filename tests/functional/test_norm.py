@@ -456,3 +456,16 @@ def test_instance_norm_of_no_samples_leaves_the_running_statistics(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batch_norm_of_no_channels_is_empty(backend):
     assert batch_norm(draw(2, 0), None, None, training=True, backend=backend).shape == (2, 0)
+
+
+@pytest.mark.refusal("batch-norm", "layer-norm", "instance-norm", "group-norm")
+def test_refuses_no_eps():
+    x = draw(2, 4, 3)
+    with refuses(ConfigError, "layer_norm eps", None):
+        layer_norm(x, 3, eps=None)
+    with refuses(ConfigError, "batch_norm eps", None):
+        batch_norm(x, None, None, training=True, eps=None)
+    with refuses(ConfigError, "instance_norm eps", None):
+        instance_norm(x, eps=None)
+    with refuses(ConfigError, "group_norm eps", None):
+        group_norm(x, 2, eps=None)
