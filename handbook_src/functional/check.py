@@ -1,0 +1,120 @@
+"""What arguments must satisfy, said once for every operation of the floor.
+
+Each check names the operation, what it got, what it wants and the remedy.  A size
+or count that is wrong by itself is a :class:`ConfigError`; a tensor that does not fit
+is a :class:`ShapeError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+from torch import Tensor
+
+from handbook_src.errors import ConfigError, ShapeError
+
+
+def check_floating(op: str, *tensors: Tensor | None) -> None:
+    """Refuse tensors that are not floating point.
+
+    Raises:
+        ShapeError: one holds integers, booleans or complex numbers.
+    """
+    for x in tensors:
+        if x is not None and not x.is_floating_point():
+            raise ShapeError(
+                f"{op} input dtype",
+                got=x.dtype,
+                want="a floating-point dtype",
+                remedy="Convert first, for instance x.float().",
+            )
+
+
+def check_features(op: str, x: Tensor, features: int, *, name: str = "input", axis: int = -1) -> None:
+    """Check that axis ``axis`` of ``x`` holds ``features``.
+
+    Raises:
+        ShapeError: it holds another number, or there is no such axis.
+    """
+    if x.ndim < (-axis if axis < 0 else axis + 1) or x.shape[axis] != features:
+        raise ShapeError(
+            f"{op} {name}",
+            got=tuple(x.shape),
+            want=f"{features} features on axis {axis}",
+            remedy="Move the features there with movedim, or build the layer with the input's size.",
+        )
+
+
+def check_rank(op: str, x: Tensor, ranks: Sequence[int], axes: str) -> None:
+    """Check the number of axes of ``x``.
+
+    Args:
+        op: the operation's name.
+        x: the tensor.
+        ranks: the numbers of axes that are right.
+        axes: what they are, for instance ``(batch, channels, height, width)``.
+
+    Raises:
+        ShapeError: another number of axes.
+    """
+    if x.ndim not in ranks:
+        raise ShapeError(
+            f"{op} input",
+            got=f"{x.ndim} axes, {tuple(x.shape)}",
+            want=f"{' or '.join(map(str, ranks))} axes, {axes}",
+            remedy="Add a missing axis with unsqueeze, or merge some with flatten.",
+        )
+
+
+def check_size(op: str, name: str, value: int, *, least: int = 1) -> None:
+    """Refuse a size that is not an integer of at least ``least``.
+
+    Raises:
+        ConfigError: it is a fraction, a boolean or too small.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ConfigError(
+            f"{op} {name}", got=repr(value), want=f"an integer of at least {least}", remedy=f"Pass {name}={least}."
+        )
+
+
+def check_positive(op: str, name: str, value: float) -> None:
+    """Refuse a number that is not positive and finite.
+
+    Raises:
+        ConfigError: it is zero, negative, infinite or NaN.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ConfigError(f"{op} {name}", got=repr(value), want="a positive number", remedy=f"Pass {name}=1.0.")
+
+
+def check_probability(op: str, name: str, value: float, *, below_one: bool = True) -> None:
+    """Refuse a probability outside ``[0, 1)``, or outside ``[0, 1]`` unless ``below_one``.
+
+    Raises:
+        ConfigError: it is outside, or NaN.
+    """
+    if not (0 <= value < 1 or (value == 1 and not below_one)):
+        interval = "[0, 1)" if below_one else "[0, 1]"
+        raise ConfigError(
+            f"{op} {name}", got=repr(value), want=f"a probability in {interval}", remedy="Pass 0.0 to switch it off."
+        )
+
+
+def as_tuple(op: str, name: str, value: int | Sequence[int], axes: int, *, least: int = 1) -> tuple[int, ...]:
+    """Return ``value`` as one integer for each of ``axes`` axes, as torch's convolutions read it.
+
+    Raises:
+        ConfigError: another count, or an entry that is not an integer of at least ``least``.
+    """
+    entries = (value,) * axes if isinstance(value, Integral) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(entries) == 1:
+        entries *= axes
+    if len(entries) != axes:
+        raise ConfigError(
+            f"{op} {name}", got=repr(value), want=f"one integer, or {axes} of them", remedy="Give one for each axis."
+        )
+    for entry in entries:
+        check_size(op, name, entry, least=least)
+    return tuple(int(entry) for entry in entries)
