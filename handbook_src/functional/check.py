@@ -108,7 +108,7 @@ def as_tuple(op: str, name: str, value: int | Sequence[int], axes: int, *, least
     Raises:
         ConfigError: another count, or an entry that is not an integer of at least ``least``.
     """
-    entries = (value,) * axes if isinstance(value, Integral) else tuple(value) if isinstance(value, Sequence) else ()
+    entries: tuple[int, ...] = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(entries) == 1:
         entries *= axes
     if len(entries) != axes:
