@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from handbook_src.data.bpe import BPE, tokenizers_library
 from handbook_src.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -99,7 +100,8 @@ def train_bpe(text: str, vocab_size: int = 1024, *, cache: str | Path | None = N
     """Train a byte-level BPE tokenizer (GPT-2's kind) on ``text``.
 
     Every byte is in the vocabulary, so nothing is unknown and decoding gives back the
-    text exactly. Training is deterministic; half a second for this book's text.
+    text exactly. Training is deterministic; a second for this book's text. The merges are
+    learned by :class:`handbook_src.data.bpe.BPE`.
 
     Args:
         text: what the merges are counted on; never the held-out part.
@@ -120,40 +122,18 @@ def train_bpe(text: str, vocab_size: int = 1024, *, cache: str | Path | None = N
         raise ConfigError(
             "train_bpe vocab_size", got=vocab_size, want="at least 257", remedy="256 bytes and one end of text."
         )
-    library = _tokenizers()
+    library = tokenizers_library("train_bpe")
     path = Path(cache) / f"bpe-{vocab_size}-{digest(text)}.json" if cache is not None else None
     if path is not None and path.exists():
         with contextlib.suppress(Exception):  # the library raises no narrower kind; a torn file is made again
             return library.Tokenizer.from_file(str(path))
-    bytelevel = library.pre_tokenizers.ByteLevel
-    tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = bytelevel(add_prefix_space=False)
-    tokenizer.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(bytelevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text], trainer)
+    tokenizer = BPE.train(text, vocab_size, special_tokens=[END_OF_TEXT]).to_tokenizers()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         tokenizer.save(str(beside))
         os.replace(beside, path)  # whole or not at all, also with two processes at it
     return tokenizer
-
-
-def _tokenizers() -> Any:
-    try:
-        return importlib.import_module("tokenizers")
-    except ImportError as e:
-        raise DataError(
-            "train_bpe",
-            got=f"no tokenizers library ({e})",
-            want="Hugging Face's tokenizers, which trains the BPE",
-            remedy="pip install tokenizers, or pip install 'handbook-src[book]'.",
-        ) from e
 
 
 @dataclass(frozen=True)
