@@ -79,7 +79,7 @@ def check_size(op: str, name: str, value: int, *, least: int = 1) -> None:
         )
 
 
-def check_positive(op: str, name: str, value: float) -> None:
+def check_positive(op: str, name: str, value: float | int) -> None:
     """Refuse a number that is not positive and finite.
 
     Raises:
@@ -89,7 +89,7 @@ def check_positive(op: str, name: str, value: float) -> None:
         raise ConfigError(f"{op} {name}", got=repr(value), want="a positive number", remedy=f"Pass {name}=1.0.")
 
 
-def check_probability(op: str, name: str, value: float, *, below_one: bool = True) -> None:
+def check_probability(op: str, name: str, value: float | int, *, below_one: bool = True) -> None:
     """Refuse a probability outside ``[0, 1)``, or outside ``[0, 1]`` unless ``below_one``.
 
     Raises:
