@@ -10,9 +10,9 @@ weights do not mind.
 :func:`conv4d`      volumes in time, ``b channels t depth height width``
 ==================  =======================================================
 
-All take ``dilation`` (holes in the kernel), ``groups`` (channels cut into parts that do not
-mix), and an input without batch axis. The reference computes float16 and bfloat16 in float32
-and rounds once.
+All take ``dilation`` (holes in the kernel), ``groups`` (channels cut into parts that do not mix),
+and an input without batch axis. :func:`depthwise_separable_conv2d` is two of them in a row.
+The reference computes float16 and bfloat16 in float32 and rounds once.
 """
 
 from __future__ import annotations
@@ -28,8 +28,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.dispatch import Backend, resolve
-from handbook_src.functional.check import as_tuple
-from handbook_src.functional.conv_input import Geometry, autocasts, check_conv, check_sizes, read_geometry
+from handbook_src.functional.check import as_tuple, check_rank
+from handbook_src.functional.conv_input import (
+    Geometry,
+    autocasts,
+    check_border,
+    check_conv,
+    check_separable,
+    check_sizes,
+    read_geometry,
+)
 
 Padding = int | Sequence[int] | Literal["same", "valid"]
 
@@ -86,11 +94,12 @@ def conv2d(
     r"""Slide a kernel over an image; each output is the kernel's inner product with a window.
 
     .. math::
-        y_{o,i,j} = b_o + \sum_{c} \sum_{m=0}^{k_h-1} \sum_{n=0}^{k_w-1}
+        y_{o,i,j} = b_o + \sum_{c \in G(o)} \sum_{m=0}^{k_h-1} \sum_{n=0}^{k_w-1}
         w_{o,c,m,n}\; x_{c,\, s i + d m - p,\, s j + d n - p}
 
     with stride :math:`s`, dilation :math:`d`, and :math:`p` zeros around the image, each its own for
-    height and width. An axis of :math:`n` gives :math:`\lfloor (n + 2p - d(k-1) - 1)/s \rfloor + 1`.
+    height and width. :math:`G(o)` are the input channels of output channel :math:`o`'s group, all of
+    them in a plain convolution. An axis of :math:`n` gives :math:`\lfloor (n + 2p - d(k-1) - 1)/s \rfloor + 1`.
 
     Args:
         input: channels, then height and width; with or without a batch axis.
@@ -98,8 +107,8 @@ def conv2d(
         bias: one shift for each output channel.
         stride: input steps for one output step.
         padding: zeros at both ends; ``"same"`` keeps the size (an odd zero comes last), ``"valid"`` adds none.
-        dilation: input steps between neighbouring taps.
-        groups: parts of the channels that do not mix.
+        dilation: input steps between neighbouring taps: a dilated, or atrous, convolution above 1.
+        groups: parts of the channels that do not mix; as many as channels is a depthwise convolution.
         backend: ``auto`` takes torch's operation.
 
     Raises:
@@ -108,7 +117,8 @@ def conv2d(
 
     Source:
         LeCun et al. 1998, section II.A, doi:10.1109/5.726791; sizes: Dumoulin & Visin 2016,
-        relationships 6 and 15, arXiv:1603.07285
+        relationships 6 and 15, arXiv:1603.07285; dilation: Yu & Koltun 2015, eq. 2, arXiv:1511.07122;
+        groups: Krizhevsky et al. 2012, figure 2, and Xie et al. 2016, figure 3c, arXiv:1611.05431
     """
     return _conv("conv2d", 2, input, weight, bias, (stride, padding, dilation, groups), backend)
 
@@ -194,6 +204,52 @@ def conv4d(
     return _conv("conv4d", 4, input, weight, bias, (stride, padding, dilation, groups), backend)
 
 
+def depthwise_separable_conv2d(
+    input: Float[Tensor, "*batch channels height width"],
+    depthwise: Float[Tensor, "mid 1 kh kw"],
+    pointwise: Float[Tensor, "out mid 1 1"],
+    bias: Float[Tensor, " out"] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    backend: Backend = "auto",
+) -> Float[Tensor, "*batch out height2 width2"]:
+    r"""Filter each channel by itself, then mix the channels at each position.
+
+    .. math::
+        z_{c,i,j} = \sum_{m,n} v_{c,m,n}\; x_{\lfloor c/\mu \rfloor,\, s i + d m - p,\, s j + d n - p}, \qquad
+        y_{o,i,j} = b_o + \sum_{c} u_{o,c}\, z_{c,i,j}
+
+    with :math:`\mu` filters for each channel, the multiplier. It is the convolution whose kernel
+    factors, :math:`w_{o,c,m,n} = u_{o,c} v_{c,m,n}`, for :math:`\mu = 1`: :math:`k^2 C + C O` weights in
+    place of :math:`k^2 C O`. Nothing stands between the two steps; MobileNets put a norm and a ReLU there.
+
+    Args:
+        input: channels, then height and width; with or without a batch axis.
+        depthwise: ``mid`` filters, a multiple of the input's channels, each over one channel.
+        pointwise: how the filtered channels mix.
+        bias: one shift for each output channel; one of the first step would be absorbed in it.
+        stride: of the first step.
+        padding: of the first step.
+        dilation: of the first step.
+        backend: ``auto`` takes torch's operations.
+
+    Raises:
+        ConfigError: a setting that is no size; ``"same"`` with a stride.
+        ShapeError: the two weights do not belong together or to the input.
+
+    Source:
+        Howard et al. 2017, eq. 3, arXiv:1704.04861; Chollet 2016, section 1.2 and figure 4, arXiv:1610.02357
+    """
+    op = "depthwise_separable_conv2d"
+    check_rank(op, input, (4, 3), "([batch,] channels, height, width)")
+    groups = input.shape[-3]
+    check_separable(op, groups, depthwise, pointwise)
+    z = conv2d(input, depthwise, None, stride, padding, dilation, groups, backend=backend)
+    return conv2d(z, pointwise, bias, backend=backend)
+
+
 def conv_nd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The readable maths: for each tap of the kernel, a shifted slice of the input times that tap's weights.
 
@@ -208,14 +264,41 @@ def conv_nd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
     x = rearrange(F.pad(x, geometry.flat_padding), "b (g c) ... -> b g c ...", g=geometry.groups)
     weight = rearrange(weight, "(g o) c ... -> g o c ...", g=geometry.groups)
     y = x.new_zeros(x.shape[0], geometry.groups, weight.shape[1], *sizes)
-    for tap in itertools.product(*map(range, kernel)):
-        window = [
+    for tap, w in zip(itertools.product(*map(range, kernel)), weight.flatten(3).unbind(-1), strict=True):
+        window: list[Any] = [
             slice(d * m, d * m + s * (n - 1) + 1, s)
             for m, d, s, n in zip(tap, geometry.dilation, geometry.stride, sizes, strict=True)
         ]
-        y = y + torch.einsum("bgc...,goc->bgo...", x[:, :, :, *window], weight[:, :, :, *tap])
+        y = y + torch.einsum("bgc...,goc->bgo...", x[:, :, :, *window], w)
     y = y.flatten(1, 2)
     return y if bias is None else y + bias.view(-1, *[1] * len(kernel))
+
+
+def pad_borders(x: Float[Tensor, "*lead"], geometry: Geometry, mode: str) -> Float[Tensor, "*lead2"]:
+    """Continue ``x`` past its borders, by what stands there instead of zeros.
+
+    Torch's padding knows up to three axes; a fourth is padded by itself.
+
+    Args:
+        x: its last axes are the spatial ones, with one or two before them.
+        geometry: its padding says how far.
+        mode: ``reflect`` mirrors without repeating the border, ``replicate`` repeats it, ``circular`` goes round.
+
+    Raises:
+        ShapeError: an axis is too short to be continued that far.
+    """
+    axes = len(geometry.padding)
+    check_border(x.shape[-axes:], geometry, mode)
+    batched = x if x.ndim == axes + 2 else x[None]
+    flat = geometry.flat_padding
+    if axes == 4:
+        b, c, t, *volume = batched.shape
+        batched = F.pad(batched.reshape(b, c * t, *volume), flat[:6], mode=mode).unflatten(1, (c, t))
+        volume = list(batched.shape[3:])
+        padded = F.pad(batched.flatten(3), [0, 0, *flat[6:]], mode=mode).unflatten(3, volume)
+    else:
+        padded = F.pad(batched, flat, mode=mode)
+    return padded if x.ndim == axes + 2 else padded[0]
 
 
 def output_size(size: int, kernel_size: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> int:

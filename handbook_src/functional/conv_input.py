@@ -42,6 +42,8 @@ def read_geometry(
     padding: str | int | Sequence[int],
     dilation: int | Sequence[int],
     groups: int,
+    *,
+    words: Sequence[str] = ("same", "valid"),
 ) -> Geometry:
     """Read stride, padding, dilation and groups as torch does, one value for each axis of ``kernel``.
 
@@ -56,9 +58,13 @@ def read_geometry(
         return Geometry(
             strides, tuple((p, p) for p in as_tuple(op, "padding", padding, axes, least=0)), dilations, groups
         )
-    if padding not in ("same", "valid"):
+    if padding not in words:
+        names = " or ".join(map(repr, words))
         raise ConfigError(
-            f"{op} padding", got=repr(padding), want="'same', 'valid', or a number of zeros", remedy="Pass padding=0."
+            f"{op} padding",
+            got=repr(padding),
+            want=f"a number of zeros{names and ', '}{names}",
+            remedy="Pass padding=0.",
         )
     if padding == "same" and set(strides) != {1}:
         raise ConfigError(
@@ -141,6 +147,78 @@ def check_sizes(op: str, sizes: Sequence[int], kernel: Sequence[int], geometry: 
             )
         out.append((padded - span) // s + 1)
     return tuple(out)
+
+
+def read_transposed_sizes(
+    op: str, sizes: Sequence[int], kernel: Sequence[int], geometry: Geometry, output_padding: int | Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the output padding and the output's spatial sizes of a transposed convolution.
+
+    Raises:
+        ConfigError: the output padding is no size, or not smaller than stride or dilation.
+        ShapeError: an input axis is empty, or nothing of the output is left.
+    """
+    extra = as_tuple(op, "output_padding", output_padding, len(kernel), least=0)
+    out = []
+    for n, k, s, (before, after), d, a in zip(sizes, kernel, *geometry[:3], extra, strict=True):
+        if a >= max(s, d):
+            raise ConfigError(
+                f"{op} output_padding",
+                got=f"{a} with stride {s} and dilation {d}",
+                want="less than stride or dilation",
+                remedy="It chooses among the sizes that one stride maps to the same input; F.pad adds more.",
+            )
+        length = s * (n - 1) + d * (k - 1) + 1 - before - after + a
+        if n == 0 or length < 1:
+            raise ShapeError(
+                f"{op} input",
+                got=f"{tuple(sizes)}, which makes {length if n else 'no'} entries of one axis",
+                want="at least one",
+                remedy="Cut less with padding, or give a longer input.",
+            )
+        out.append(length)
+    return extra, tuple(out)
+
+
+def check_border(sizes: Sequence[int], geometry: Geometry, mode: str) -> None:
+    """Check that every axis is long enough to be continued by its own entries.
+
+    Raises:
+        ShapeError: one is not.
+    """
+    for n, (before, after) in zip(sizes, geometry.padding, strict=True):
+        pad = max(before, after)
+        least = {"reflect": pad + 1, "circular": pad}.get(mode, 1) if pad else 0
+        if n < least:
+            raise ShapeError(
+                f"{mode} padding",
+                got=f"{tuple(sizes)} with {pad} to add at one end",
+                want=f"at least {least} entries on that axis",
+                remedy="Pad less, or with padding_mode='zeros'.",
+            )
+
+
+def check_separable(op: str, channels: int, depthwise: Tensor, pointwise: Tensor) -> None:
+    """Check that the depthwise filters fit the channels, and the pointwise weight fits the filters.
+
+    Raises:
+        ShapeError: they do not.
+    """
+    mid = depthwise.shape[0] if depthwise.ndim else 0
+    if channels < 1 or depthwise.ndim != 4 or depthwise.shape[1] != 1 or mid % channels:
+        raise ShapeError(
+            f"{op} depthwise weight",
+            got=f"{tuple(depthwise.shape)} for {channels} channels",
+            want="(channels * multiplier, 1, height, width) and at least one channel",
+            remedy="One filter, or a whole number of filters, for each input channel.",
+        )
+    if pointwise.ndim != 4 or tuple(pointwise.shape[1:]) != (mid, 1, 1):
+        raise ShapeError(
+            f"{op} pointwise weight",
+            got=tuple(pointwise.shape),
+            want=f"(out, {mid}, 1, 1)",
+            remedy="It mixes what the depthwise step gives, one position at a time.",
+        )
 
 
 def _check_alike(op: str, x: Tensor, *parameters: Tensor | None) -> None:
