@@ -54,11 +54,11 @@ class RopeScaling:
     """
 
     kind: Kind
-    factor: float
+    factor: float | int
     original_length: int | None = None
-    slow: float = 1.0
-    fast: float | None = None
-    attention_factor: float | None = None
+    slow: float | int = 1.0
+    fast: float | int | None = None
+    attention_factor: float | int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -183,6 +183,6 @@ def _yarn_ramp(dim: int, base: float, scaling: RopeScaling) -> Tensor:
         return dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low = max(math.floor(pair_with(scaling.turns)), 0)
-    high = max(low, min(math.ceil(pair_with(scaling.slow)), dim - 1))
+    high = max(low, min(math.ceil(pair_with(float(scaling.slow))), dim - 1))
     index = torch.arange(dim // 2, dtype=torch.float64)
     return 1 - ((index - low) / (high - low if high != low else 0.001)).clamp(0, 1)
