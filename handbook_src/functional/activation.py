@@ -112,19 +112,20 @@ def prelu(
         He, Zhang, Ren & Sun 2015, eq. 1 and 3, arXiv:1502.01852
     """
     check_floating("prelu", weight)
-    channels = x.shape[1] if x.ndim > 1 else 1
-    if weight.ndim > 1 or (weight.numel() != 1 and weight.numel() != channels):
+    slopes = weight.numel()
+    channels = 1 if slopes == 1 or x.ndim < 2 else x.shape[1]
+    if weight.ndim > 1 or slopes not in (1, channels):
         raise ShapeError(
             "prelu weight",
             got=f"{tuple(weight.shape)} for an input of shape {tuple(x.shape)}",
-            want=f"one slope, or {channels}: one for each channel of axis 1",
+            want=f"one slope, shape (1,), or {channels}: one for each channel of axis 1",
             remedy="Build the layer with num_parameters=1 or the number of channels.",
         )
     same = None if weight.dtype == x.dtype else f"a weight of dtype {x.dtype}"
     if _runs("prelu", x, backend, torch_lacks=same) == "torch":
         return F.prelu(x, weight)
     wide, slope = at_least_float32(x), at_least_float32(weight)
-    slope = slope.reshape(()) if weight.numel() == 1 else slope.view(-1, *[1] * (x.ndim - 2))
+    slope = slope.reshape(()) if slopes == 1 else slope.view(-1, *[1] * (x.ndim - 2))
     return torch.where(wide > 0, wide, slope * wide).to(x.dtype)
 
 
@@ -467,11 +468,15 @@ def check_finite(op: str, name: str, value: float) -> None:
     Raises:
         ConfigError: it is infinite, NaN, a boolean or no number.
     """
+    if type(value) is float and math.isfinite(value):  # the usual case, without asking an abstract class
+        return
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ConfigError(f"{op} {name}", got=repr(value), want="a finite number", remedy=f"Pass {name}=0.25.")
 
 
 def _runs(op: str, x: Tensor, backend: Backend, inplace: bool = False, torch_lacks: str | None = None) -> Resolved:
+    if backend == "auto" and torch_lacks is None and x.is_floating_point():
+        return "torch"  # what resolve would say, 1 us sooner: a twentieth of a ReLU of 65,536 numbers
     check_floating(op, x)
     reference = "inplace=False: the written-out maths makes a new tensor" if inplace else None
     return resolve(op, backend, {"torch": torch_lacks, "reference": reference})
