@@ -367,15 +367,12 @@ def global_pool(
         )
     if reduce not in ("mean", "max"):
         raise ConfigError("global_pool reduce", got=repr(reduce), want="'mean' or 'max'", remedy="Choose one.")
-    spatial = tuple(range(2, input.ndim))
+    kept = [1] * (input.ndim - 2) if keepdim else []
     if reduce == "mean":
-        return input.mean(spatial, keepdim=keepdim)  # torch adds halves in float32
-    return _of_first_largest(input.flatten(2)).view(*input.shape[:2], *[1] * (len(spatial) * keepdim))
-
-
-def _of_first_largest(flat: Tensor) -> Tensor:
-    # max(dim) gives the whole gradient to one entry; amax would share it between ties
-    return flat.max(-1).values
+        y = input.flatten(2).mean(-1)  # torch adds halves in float32
+    else:  # not amax, which would share the gradient between ties
+        y = F.adaptive_max_pool1d(input.flatten(2), 1)[..., 0]
+    return y.view(*input.shape[:2], *kept)
 
 
 class _Settings(NamedTuple):
