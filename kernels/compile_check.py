@@ -3,7 +3,7 @@
     python kernels/compile_check.py                      table of every case, exit status 1 on a problem
     python kernels/compile_check.py --csv FILE           the same as CSV
     python kernels/compile_check.py --triton FOLDER      with the Triton installed in FOLDER (pip install --target)
-    python kernels/compile_check.py --targets sm90 --cases "rms bf16 4096,layer fp16 4096"
+    python kernels/compile_check.py --kernels norm --targets sm90 --cases "rms bf16 4096,layer fp16 4096"
 
 The op runs on CPU tensors; a launch is caught before it starts and compiled instead, so grids, constexprs, argument
 types and the divisibility that 16-byte loads rest on are those of the real call, not a copy of them kept here.  The
@@ -29,10 +29,15 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 SHARED_LIMIT = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
 # Ampere and Hopper compile every case; the others one of each kind, which saves two of four minutes.
-EVERYWHERE = (
-    "rms bf16 4096", "layer bf16 65536", "dropout add layer bf16 4096", "add layer bf16 stream fp32 8192",
-    "dropout add layer bf16 1 x 1", "dropout add layer bf16 1 x 65536",
-)  # fmt: skip
+EVERYWHERE = {
+    "norm": (
+        "rms bf16 4096", "layer bf16 65536", "dropout add layer bf16 4096", "add layer bf16 stream fp32 8192",
+        "dropout add layer bf16 1 x 1", "dropout add layer bf16 1 x 65536",
+    ),
+    "glu": ("silu bf16", "gelu bf16", "silu bf16 1 x 1"),
+    "cross_entropy": ("bf16 131072", "smoothed bf16 131072", "fp32 10"),
+    "rope": ("half bf16 128", "interleaved bf16 128", "half fp32 1 x 2"),
+}  # fmt: skip
 COLUMNS = [
     "case", "target", "kernel", "warps", "registers", "spilled_bytes", "shared_bytes",
     "loads", "loads_16_bytes", "stores", "stores_16_bytes", "instructions", "triton", "torch", "problem",
@@ -98,6 +103,94 @@ def norm_cases() -> list[Case]:
         case("dropout add layer bf16 1 x 1", 1, 1, **drop),
         case("dropout add layer bf16 1 x 65536", 1, 65536, **drop),
     ]
+
+
+def glu_cases() -> list[Case]:
+    """Return the cases of the gate: each activation and dtype, contiguous and the halves of one projection."""
+    import torch
+
+    from handbook_src.kernels import glu
+
+    def case(name: str, activation: str, rows: int, cols: int, x: torch.dtype, packed: bool = False) -> Case:
+        def call() -> None:
+            both = torch.zeros(rows, 2 * cols, dtype=x)
+            halves = (both[:, :cols], both[:, cols:]) if packed else (both[:, :cols].clone(), both[:, cols:].clone())
+            glu.glu_triton(*(t.requires_grad_() for t in halves), activation).sum().backward()
+
+        return Case(name, call)
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    return [
+        *(case(f"{a} bf16", a, 64, 11008, bf16) for a in glu.ACTIVATIONS),
+        case("silu fp16", "silu", 64, 11008, fp16),
+        *(case(f"{a} fp32", a, 64, 11008, fp32) for a in ("silu", "gelu")),
+        case("silu bf16 packed 11008", "silu", 64, 11008, bf16, packed=True),
+        case("silu bf16 packed 64", "silu", 64, 64, bf16, packed=True),
+        case("silu bf16 packed 33", "silu", 64, 33, bf16, packed=True),
+        case("silu bf16 1 x 1", "silu", 1, 1, bf16),
+    ]
+
+
+def cross_entropy_cases() -> list[Case]:
+    """Return the cases of cross-entropy: vocabularies from digits to 262144, each option and dtype."""
+    import torch
+
+    from handbook_src.kernels.cross_entropy import cross_entropy_triton
+
+    def case(name: str, rows: int, cols: int, x: torch.dtype, **options: float) -> Case:
+        def call() -> None:
+            logits = torch.zeros(rows, cols, dtype=x, requires_grad=True)
+            cross_entropy_triton(logits, torch.zeros(rows, dtype=torch.long), **options)[0].sum().backward()
+
+        return Case(name, call)
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    return [
+        *(case(f"bf16 {v}", 64, v, bf16) for v in (10, 1000, 4096, 32000, 50257, 131072, 262144)),
+        *(case(f"fp32 {v}", 64, v, fp32) for v in (10, 50257, 131072)),
+        case("fp16 32000", 64, 32000, fp16),
+        *(
+            case(f"smoothed {k} 131072", 64, 131072, x, label_smoothing=0.1)
+            for k, x in (("bf16", bf16), ("fp32", fp32))
+        ),
+        case("z-loss bf16 131072", 64, 131072, bf16, z_loss=1e-4, label_smoothing=0.1),
+        case("bf16 1 x 1", 1, 1, bf16),
+    ]
+
+
+def rope_cases() -> list[Case]:
+    """Return the cases of the rotary embedding: both pairings, each dtype, partial rotation, odd widths."""
+    import torch
+
+    from handbook_src.kernels.rope import rope_triton
+
+    def case(name: str, interleaved: bool, x: torch.dtype, e: int, rotary: int, heads: int = 32, t: int = 8) -> Case:
+        def call() -> None:
+            a = torch.zeros(1, t, heads, e, dtype=x, requires_grad=True)
+            cos, sin = torch.zeros(2, t, rotary // 2)
+            rope_triton(a, cos, sin, interleaved).sum().backward()
+
+        return Case(name, call)
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    return [
+        *(
+            case(f"{k} bf16 {e}", i, bf16, e, e)
+            for k, i in (("half", False), ("interleaved", True))
+            for e in (64, 128, 256)
+        ),
+        *(case(f"{k} fp32 128", i, fp32, 128, 128) for k, i in (("half", False), ("interleaved", True))),
+        case("half fp16 128", False, fp16, 128, 128),
+        case("half bf16 80 of 80", False, bf16, 80, 80),
+        case("half bf16 32 of 128", False, bf16, 128, 32),
+        case("interleaved bf16 64 of 192", True, bf16, 192, 64),
+        case("half bf16 128 one head", False, bf16, 128, 128, heads=1),
+        case("half fp32 1 x 2", False, fp32, 2, 2, heads=1, t=1),
+    ]
+
+
+#: The cases of each kernel, by the stem of its file.
+CASES = {"norm": norm_cases, "glu": glu_cases, "cross_entropy": cross_entropy_cases, "rope": rope_cases}
 
 
 def fake_driver(target: Any) -> Any:
@@ -206,27 +299,27 @@ def _output(*command: Any) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
-def named_for(target: str) -> list[str]:
-    """Return the cases that a ``target`` has to pass."""
-    return list(EVERYWHERE) if target in ("sm100", "gfx942") else [case.name for case in norm_cases()]
+def named_for(target: str, kernel: str) -> list[str]:
+    """Return the cases of ``kernel`` that a ``target`` has to pass."""
+    return list(EVERYWHERE[kernel]) if target in ("sm100", "gfx942") else [case.name for case in CASES[kernel]()]
 
 
-def check(wanted: list[str], match: list[str]) -> list[dict[str, Any]]:
-    """Compile the cases in ``match`` (else each target's own) for the ``wanted`` targets; return one row a kernel."""
+def check(kernels: list[str], wanted: list[str], match: list[str]) -> list[dict[str, Any]]:
+    """Compile the cases in ``match`` (else each target's own) for the ``wanted`` targets; return one row a launch."""
     import torch
     import triton
 
     rows = []
-    for name in wanted:
-        for case in norm_cases():
-            if case.name not in (match or named_for(name)):
+    for name, kernel in ((name, kernel) for name in wanted for kernel in kernels):
+        for case in CASES[kernel]():
+            if case.name not in (match or named_for(name, kernel)):
                 continue
-            with captured(targets()[name]) as kernels:
+            with captured(targets()[name]) as launches:
                 case.call()
-            for kernel, compiled in kernels:
+            for launched, compiled in launches:
                 facts = report(compiled, name)
                 rows.append(
-                    {"case": case.name, "target": name, "kernel": kernel, **facts}
+                    {"case": case.name, "target": name, "kernel": launched, **facts}
                     | {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
                 )
     return rows
@@ -235,6 +328,7 @@ def check(wanted: list[str], match: list[str]) -> list[dict[str, Any]]:
 def main() -> int:
     """Print the table; return 1 where a kernel spills on sm90 or does not fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", default=",".join(CASES), help="only these, separated by commas")
     parser.add_argument("--targets", default="sm80,sm90,sm100,gfx942")
     parser.add_argument("--cases", help="only these cases, by name, separated by commas")
     parser.add_argument("--csv", type=Path, help="write the table here as well")
@@ -243,7 +337,9 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined: must be unset by then
     if options.triton:
         sys.path.insert(0, str(options.triton.resolve()))
-    rows = check(options.targets.split(","), options.cases.split(",") if options.cases else [])
+    rows = check(
+        options.kernels.split(","), options.targets.split(","), options.cases.split(",") if options.cases else []
+    )
     print(f"{'case':42} {'target':7} {'kernel':15} warps  regs spill shared  ld128/ld  st128/st instr")
     for r in rows:
         print(

@@ -1,9 +1,12 @@
-"""The workshop's scripts: the bench times nothing that is wrong, and its records are those of today's kernels."""
+"""The workshop's scripts: no bench times what is wrong, and the records are those of today's kernels."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,79 +14,134 @@ from types import ModuleType
 import pytest
 import torch
 
+from handbook_src.testing import workshop
+from handbook_src.testing.workshop import Workshop
+
 WORKSHOP = Path(__file__).resolve().parents[2] / "kernels"
+KERNELS = ("norm", "glu", "cross_entropy", "rope")
 
 
 def script(path: str) -> ModuleType:
     """Import a script of the workshop by its path: the folder is no package."""
-    name = "workshop_" + Path(path).stem
+    name = "workshop_" + path.removesuffix(".py").replace("/", "_")
     spec = importlib.util.spec_from_file_location(name, WORKSHOP / path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The bench, with our kernel among the contestants and nothing to compile."""
-    bench = script("norm/bench.py")
-    makers = {"torch": bench.of_torch, "reference": bench.of_reference, "triton": bench.of_triton}
-    monkeypatch.setattr(bench, "contestants", lambda p, device, dropout: {n: m(p, dropout) for n, m in makers.items()})
-    return bench
+def problems(kernel: str) -> list:
+    """One problem of each operation of a bench, at test size."""
+    bench, dtypes = script(f"{kernel}/bench.py"), [torch.float32, torch.bfloat16, torch.float16]
+    shapes = {"samples": 1, "times": 3, "heads": 2, "features": 6} if kernel == "rope" else {"rows": 3, "cols": 17}
+    first = {p.op: p for p in reversed(bench.problems("cuda"))}
+    return [dataclasses.replace(p, **shapes, dtype=dtype) for p in first.values() for dtype in dtypes]
 
 
-OPS = ["rms-norm", "layer-norm", "dropout-add-rms-norm", "dropout-add-layer-norm"]
+PROBLEMS = [pytest.param(kernel, p, id=f"{p.op}-{p.dtype}") for kernel in KERNELS for p in problems(kernel)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_every_backend_computes_the_same(bench, op, dtype):
-    bench.assert_right(bench.Problem(op, 3, 17, dtype), "cpu")
+@pytest.fixture(autouse=True)
+def everyone(monkeypatch):
+    """Our kernel is among the contestants, also on a CPU, and nothing is compiled."""
+
+    def contestants(self, p, device):
+        return {name: self.makers[name](p, device) for name in ("torch", "reference", "triton")}
+
+    monkeypatch.setattr(Workshop, "contestants", contestants)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_a_wrong_backend_is_not_timed(bench, op, monkeypatch):
-    problem = bench.Problem(op, 3, 17, torch.float32)
-    right = bench.contestants(problem, "cpu", 0.0)["triton"]
+@pytest.mark.parametrize(("kernel", "problem"), PROBLEMS)
+def test_every_backend_computes_the_same(kernel, problem):
+    script(f"{kernel}/bench.py").WORKSHOP.assert_right(problem, "cpu")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_wrong_backend_is_not_timed(kernel, monkeypatch):
+    problem, bench = problems(kernel)[0], script(f"{kernel}/bench.py").WORKSHOP
+    right = bench.contestants(problem.small(), "cpu")["triton"]
 
     def wrong(*leaves):
         first, *rest = right(*leaves)
         return (first * 1.001, *rest)
 
-    monkeypatch.setattr(bench, "contestants", lambda p, device, dropout: {"triton": wrong})
-    monkeypatch.setattr(bench, "bench", lambda *a, **k: pytest.fail("was timed"))
+    monkeypatch.setattr(Workshop, "contestants", lambda self, p, device: {"triton": wrong})
+    monkeypatch.setattr(workshop, "bench", lambda *a, **k: pytest.fail("was timed"))
     with pytest.raises(AssertionError, match="parity is red: triton"):
         bench.measure(problem, "cpu", 5)
 
 
-def test_bytes_are_those_of_the_kernels_first_comment(bench):
-    half = torch.bfloat16
-    for op, dropout, forward, backward in [
-        ("rms-norm", 0.0, 2, 3),
-        ("layer-norm", 0.0, 2, 3),
-        ("dropout-add-rms-norm", 0.0, 4, 4),
-        ("dropout-add-layer-norm", 0.1, 4, 5),
-    ]:
-        p = bench.Problem(op, 10, 100, half, dropout)
-        assert (p.bytes("forward"), p.bytes("backward")) == (forward * 2000, backward * 2000)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_right_is_timed(kernel, monkeypatch):
+    """Both ways, every contestant, torch first: it is the baseline."""
+    problem, seen = problems(kernel)[0], []
+
+    def timed(candidates, **facts):
+        for run in candidates.values():
+            run()
+        seen.append((list(candidates), facts["op"], facts["baseline"], facts["bytes_moved"]))
+        return []
+
+    monkeypatch.setattr(workshop, "bench", timed)
+    script(f"{kernel}/bench.py").WORKSHOP.measure(problem, "cpu", 5)
+    names = ["torch", "reference", "triton"]
+    assert seen == [(names, f"{problem.op} {way}", "torch", problem.bytes(way)) for way in ("forward", "backward")]
+
+
+def test_bytes_are_those_of_the_kernels_first_comment():
+    counted = {
+        "norm": dict.fromkeys(("rms-norm", "layer-norm"), (2, 3))
+        | dict.fromkeys(("dropout-add-rms-norm", "dropout-add-layer-norm"), (4, 5)),
+        "glu": dict.fromkeys(("silu", "gelu", "gelu_tanh", "relu"), (3, 5)),
+        "cross_entropy": dict.fromkeys(("cross-entropy", "smoothed cross-entropy"), (1, 2)),
+        "rope": dict.fromkeys(("rope half", "rope interleaved"), (2, 2)),
+    }  # fmt: skip
+    for kernel in KERNELS:
+        for p in problems(kernel):
+            each = p.leaves("cpu")[0].nbytes
+            assert (p.bytes("forward"), p.bytes("backward")) == tuple(n * each for n in counted[kernel][p.op])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
-def test_without_a_gpu_the_bench_says_so(bench, monkeypatch, capsys):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_a_gpu_the_bench_says_so(kernel, monkeypatch, capsys):
+    bench = script(f"{kernel}/bench.py")
     monkeypatch.setattr(sys, "argv", ["bench.py"])
-    bench.main()
+    bench.WORKSHOP.main(bench.__doc__)
     assert capsys.readouterr().out == "not measured: no GPU\n"
 
 
-def test_the_compile_report_covers_every_case_and_no_hopper_kernel_spills():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_compile_report_covers_every_case_and_no_hopper_kernel_spills(kernel):
     check = script("compile_check.py")
-    with (WORKSHOP / "norm" / "results" / "compile.csv").open(newline="") as file:
+    with (WORKSHOP / kernel / "results" / "compile.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == check.COLUMNS
     for version, targets in {"3.7.1": set(check.SHARED_LIMIT), "3.6.0": {"sm90"}}.items():
         for target in targets:
             of = [r for r in rows if r["triton"] == version and r["target"] == target]
-            assert {r["case"] for r in of} == set(check.named_for(target)), (
+            assert {r["case"] for r in of} == set(check.named_for(target, kernel)), (
                 f"run compile_check.py again: {version} {target}"
             )
     assert not [r for r in rows if r["target"] == "sm90" and r["problem"]]
+
+
+def test_the_map_names_every_kernel():
+    said = (WORKSHOP / "README.md").read_text(encoding="utf-8")
+    for kernel in KERNELS:
+        assert f"`{kernel}/worklog.md`" in said
+        assert (WORKSHOP / kernel / "worklog.md").is_file()
+
+
+@pytest.mark.slow
+def test_one_case_of_each_new_kernel_compiles_for_hopper():
+    """In a process of its own: a kernel is bound to interpreter or compiler when it is defined."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONSAFEPATH": "1"}
+    arguments = ["--kernels", "glu,cross_entropy,rope", "--targets", "sm90"]
+    cases = ["--cases", "silu bf16,bf16 32000,interleaved bf16 128"]
+    done = subprocess.run(
+        [sys.executable, str(WORKSHOP / "compile_check.py"), *arguments, *cases],
+        capture_output=True, text=True, env=environment, cwd=WORKSHOP.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 kernels compiled by triton" in done.stdout
