@@ -126,7 +126,7 @@ def alibi_slopes(
         ConfigError: ``heads`` is not a positive integer.
 
     Source:
-        Press, Smith & Lewis 2021, section 3 and footnote 8's code, arXiv:2108.12409
+        Press, Smith & Lewis 2021, section 3, and the code published with it, arXiv:2108.12409
     """
     check_size("alibi_slopes", "heads", heads)
     below = 2 ** (int(heads).bit_length() - 1)
