@@ -69,7 +69,7 @@ def bilinear(
 
     The reference forms :math:`x^\top W_k` for all outputs at once, in one matrix product,
     which holds ``f d2`` numbers for each sample; torch's operation goes from output to output.
-    On CPUs the first takes a third to nine tenths of the time, forward and backward
+    On CPUs the first takes a fifth to a half of the time, forward and backward
     (``d`` from 8 to 128, batch from 1 to 256), so ``auto`` takes it while it is small.
 
     Args:
