@@ -36,7 +36,7 @@ class SEBlock(nn.Module):
         ``(b, channels, height, width)`` to the same.
 
     Typical values:
-        ``reduction=16`` (the paper), 4 of the block's input channels in EfficientNet.
+        ``reduction=16`` (the paper); EfficientNet squeezes to a quarter of its block's input channels.
 
     Raises:
         ConfigError: a size is not a positive integer, or ``reduction`` is larger than ``channels``.
