@@ -82,7 +82,7 @@ def dendritic_conv4d(
 
     Source:
         described in the handbook's source documents without a reference; a sum over branches behind
-        a nonlinearity each is the pyramidal neuron of Poirazi, Brannon & Mel 2003, eq. 1,
+        a nonlinearity each is the two-layer neuron of Poirazi, Brannon & Mel 2003,
         doi:10.1016/S0896-6273(03)00149-1
     """
     op = "dendritic_conv4d"
@@ -141,8 +141,8 @@ def hyperedge_messages(
         ShapeError: rank, positions, channels or dtypes that do not fit.
 
     Source:
-        described in the handbook's source documents without a reference; without residual and with one
-        factor for the degrees it is Feng et al. 2019, eq. 11, arXiv:1809.09401
+        described in the handbook's source documents without a reference; after Feng et al. 2019, eq. 11,
+        arXiv:1809.09401, which has no residual and splits the positions' degrees over both sides
     """
     op = "hyperedge_messages"
     check_floating(op, x, weight, bias)
