@@ -41,8 +41,8 @@ class DeformConv2d(nn.Module):
         version 2, a mask ``(b, offset_groups kh kw, height2, width2)`` to ``(b, out_channels, height2, width2)``.
 
     Typical values:
-        3 x 3 kernels, in the last stages of a detector's backbone; one offset group (Dai et al. used four
-        in detection heads).
+        3 x 3 kernels, in the last stages of a detector's backbone; one offset group (four in the code that
+        Dai et al. published).
 
     Raises:
         ConfigError: a size that is none.
@@ -120,8 +120,8 @@ class DeformableConv2d(nn.Module):
         ``(b, in_channels, height, width)`` to ``(b, out_channels, height2, width2)``.
 
     Typical values:
-        ``offset_groups=1``; a learning rate for the predictor of a tenth of the others' (both papers, in some of
-        their networks).
+        ``offset_groups=1``; a learning rate for the predictor equal to the others' (Dai et al.), or a tenth of
+        it (Zhu et al.).
 
     Raises:
         ConfigError: ``offset_groups`` is not a positive integer.
