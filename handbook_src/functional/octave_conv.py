@@ -77,7 +77,8 @@ def double(low: Float[Tensor, "b channels height width"]) -> Float[Tensor, "b ch
     Source:
         Chen et al. 2019, eq. 3, arXiv:1904.05049
     """
-    return low.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    b, channels, high, wide = low.shape
+    return low[..., :, None, :, None].expand(b, channels, high, 2, wide, 2).reshape(b, channels, 2 * high, 2 * wide)
 
 
 def octave_conv2d(
