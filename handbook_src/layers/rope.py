@@ -24,7 +24,8 @@ class RotaryEmbedding(FixedTable):
 
     The rotation is :func:`handbook_src.functional.rope.apply_rope`; frequencies under ``scaling`` are
     :func:`handbook_src.functional.rope_scaling.scaled_rope_frequencies`.  Angles are formed in float64 and
-    their cosines kept in float32 at least, also in a layer cast to bfloat16.  Nothing is trained and the state dict is empty, as in transformers.
+    their cosines kept in float32 at least, also in a layer cast to bfloat16.  Nothing is trained and the
+    state dict is empty, as in transformers.
 
     Args:
         dim: features of a head that turn; the rest of a wider head passes through.
