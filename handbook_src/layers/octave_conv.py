@@ -49,7 +49,7 @@ class OctaveConv2d(nn.Module):
         Chen et al. 2019, section 3.2 and eq. 3 and 4, arXiv:1904.05049
 
     Example:
-        >>> first, last = OctaveConv2d(3, 8, 3, (0, 0.25), padding=1), OctaveConv2d(8, 4, 3, (0.25, 0), padding=1)
+        >>> first, last = OctaveConv2d(3, 8, 3, (0.0, 0.25), padding=1), OctaveConv2d(8, 4, 3, (0.25, 0.0), padding=1)
         >>> high, low = first(torch.randn(2, 3, 9, 9))
         >>> high.shape, low.shape
         (torch.Size([2, 6, 9, 9]), torch.Size([2, 2, 5, 5]))
