@@ -121,8 +121,8 @@ def rnn_backward(
     before = torch.cat([h0[:, None], states[:, :-1]], 1) if steps else states
     bias = deltas.sum((0, 1))
     gradients = Recurrence(
-        weight_ih=torch.einsum("btn,btd->nd", deltas, x),
-        weight_hh=torch.einsum("btn,btm->nm", deltas, before),
+        weight_ih=deltas.flatten(0, 1).T @ x.flatten(0, 1),
+        weight_hh=deltas.flatten(0, 1).T @ before.flatten(0, 1),
         bias_ih=bias,
         bias_hh=bias.clone(),
     )

@@ -37,7 +37,7 @@ class Windows(NamedTuple):
     places: Int[Tensor, "*planes_out_and_k"]
 
 
-def cut(x: Float[Tensor, "b channels *spatial"], positions: Sequence[Int[Tensor, "..."]]) -> Windows:
+def cut(x: Float[Tensor, "b channels *spatial"], positions: Sequence[Int[Tensor, ...]]) -> Windows:
     r"""Gather the windows whose positions along each axis are given.
 
     .. math:: R_{o} = \bigl\{ x_{p_1, \dots, p_n} : p_i \in P^{(i)}_{o_i} \bigr\}
@@ -368,10 +368,9 @@ def global_pool(
     if reduce not in ("mean", "max"):
         raise ConfigError("global_pool reduce", got=repr(reduce), want="'mean' or 'max'", remedy="Choose one.")
     kept = [1] * (input.ndim - 2) if keepdim else []
-    if reduce == "mean":
-        y = input.flatten(2).mean(-1)  # torch adds halves in float32
-    else:  # not amax, which would share the gradient between ties
-        y = F.adaptive_max_pool1d(input.flatten(2), 1)[..., 0]
+    flat = input.flatten(2)
+    # torch adds halves in float32; amax would share the gradient between ties
+    y = flat.mean(-1) if reduce == "mean" else F.adaptive_max_pool1d(flat, 1)[..., 0]
     return y.view(*input.shape[:2], *kept)
 
 
