@@ -174,7 +174,7 @@ def max_pool1d(
     *,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`max_pool2d` over one spatial axis."""
+    """:func:`handbook_src.functional.pooling.max_pool2d` over one spatial axis."""
     settings = _read("max_pool1d", input, 1, kernel_size, stride, padding, dilation)
     return _max_pool(1, input, settings, ceil_mode, return_indices, backend)
 
@@ -190,7 +190,7 @@ def max_pool3d(
     *,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`max_pool2d` over three spatial axes."""
+    """:func:`handbook_src.functional.pooling.max_pool2d` over three spatial axes."""
     settings = _read("max_pool3d", input, 3, kernel_size, stride, padding, dilation)
     return _max_pool(3, input, settings, ceil_mode, return_indices, backend)
 
@@ -244,7 +244,7 @@ def avg_pool1d(
     *,
     backend: Backend = "auto",
 ) -> Float[Tensor, "*lead channels out_length"]:
-    """:func:`avg_pool2d` over one spatial axis."""
+    """:func:`handbook_src.functional.pooling.avg_pool2d` over one spatial axis."""
     settings = _read("avg_pool1d", input, 1, kernel_size, stride, padding, 1)
     return _avg_pool(1, input, settings, ceil_mode, count_include_pad, None, backend)
 
@@ -260,7 +260,7 @@ def avg_pool3d(
     *,
     backend: Backend = "auto",
 ) -> Float[Tensor, "*lead channels out_depth out_height out_width"]:
-    """:func:`avg_pool2d` over three spatial axes."""
+    """:func:`handbook_src.functional.pooling.avg_pool2d` over three spatial axes."""
     settings = _read("avg_pool3d", input, 3, kernel_size, stride, padding, 1)
     return _avg_pool(3, input, settings, ceil_mode, count_include_pad, divisor_override, backend)
 
