@@ -89,6 +89,17 @@ def strided(size: int, kernel: int, stride: int, padding: int, dilation: int = 1
     Source:
         Dumoulin & Visin 2016, section 3, arXiv:1603.07285
     """
+    count = count_strided(size, kernel, stride, padding, dilation, ceil_mode)
+    at = torch.arange(count)[:, None] * stride - padding + dilation * torch.arange(kernel)
+    return at.masked_fill((at < 0) | (at >= size), -1)
+
+
+def count_strided(size: int, kernel: int, stride: int, padding: int, dilation: int = 1, ceil_mode: bool = False) -> int:
+    """Return how many windows :func:`strided` places.
+
+    Raises:
+        ShapeError: none fits.
+    """
     room = size + 2 * padding - dilation * (kernel - 1) - 1
     count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
     if ceil_mode and (count - 1) * stride >= size + padding:
@@ -100,8 +111,7 @@ def strided(size: int, kernel: int, stride: int, padding: int, dilation: int = 1
             want=f"at least {dilation * (kernel - 1) + 1}, the reach of a kernel of {kernel} with dilation {dilation}",
             remedy="Take a smaller kernel, or adaptive pooling, which fits any input.",
         )
-    at = torch.arange(count)[:, None] * stride - padding + dilation * torch.arange(kernel)
-    return at.masked_fill((at < 0) | (at >= size), -1)
+    return count
 
 
 def adaptive(size: int, out: int) -> Tensor:
@@ -159,7 +169,7 @@ def max_pool2d(
     Source:
         Zhou & Chellappa 1988, doi:10.1109/ICNN.1988.23914; Scherer et al. 2010, doi:10.1007/978-3-642-15825-4_10
     """
-    settings = _read("max_pool2d", input, 2, kernel_size, stride, padding, dilation)
+    settings = _read("max_pool2d", input, 2, kernel_size, stride, padding, dilation, ceil_mode)
     return _max_pool(2, input, settings, ceil_mode, return_indices, backend)
 
 
@@ -175,7 +185,7 @@ def max_pool1d(
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`handbook_src.functional.pooling.max_pool2d` over one spatial axis."""
-    settings = _read("max_pool1d", input, 1, kernel_size, stride, padding, dilation)
+    settings = _read("max_pool1d", input, 1, kernel_size, stride, padding, dilation, ceil_mode)
     return _max_pool(1, input, settings, ceil_mode, return_indices, backend)
 
 
@@ -191,7 +201,7 @@ def max_pool3d(
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`handbook_src.functional.pooling.max_pool2d` over three spatial axes."""
-    settings = _read("max_pool3d", input, 3, kernel_size, stride, padding, dilation)
+    settings = _read("max_pool3d", input, 3, kernel_size, stride, padding, dilation, ceil_mode)
     return _max_pool(3, input, settings, ceil_mode, return_indices, backend)
 
 
@@ -230,7 +240,7 @@ def avg_pool2d(
     Source:
         LeCun et al. 1998, section II.A, doi:10.1109/5.726791
     """
-    settings = _read("avg_pool2d", input, 2, kernel_size, stride, padding, 1)
+    settings = _read("avg_pool2d", input, 2, kernel_size, stride, padding, 1, ceil_mode)
     return _avg_pool(2, input, settings, ceil_mode, count_include_pad, divisor_override, backend)
 
 
@@ -245,7 +255,7 @@ def avg_pool1d(
     backend: Backend = "auto",
 ) -> Float[Tensor, "*lead channels out_length"]:
     """:func:`handbook_src.functional.pooling.avg_pool2d` over one spatial axis."""
-    settings = _read("avg_pool1d", input, 1, kernel_size, stride, padding, 1)
+    settings = _read("avg_pool1d", input, 1, kernel_size, stride, padding, 1, ceil_mode)
     return _avg_pool(1, input, settings, ceil_mode, count_include_pad, None, backend)
 
 
@@ -261,7 +271,7 @@ def avg_pool3d(
     backend: Backend = "auto",
 ) -> Float[Tensor, "*lead channels out_depth out_height out_width"]:
     """:func:`handbook_src.functional.pooling.avg_pool2d` over three spatial axes."""
-    settings = _read("avg_pool3d", input, 3, kernel_size, stride, padding, 1)
+    settings = _read("avg_pool3d", input, 3, kernel_size, stride, padding, 1, ceil_mode)
     return _avg_pool(3, input, settings, ceil_mode, count_include_pad, divisor_override, backend)
 
 
@@ -381,8 +391,8 @@ class _Settings(NamedTuple):
     dilation: tuple[int, ...]
 
 
-def _read(op: str, x: Tensor, axes: int, kernel: Sizes, stride: Sizes | None, padding: Sizes, dilation: Sizes
-) -> _Settings:  # fmt: skip
+def _read(op: str, x: Tensor, axes: int, kernel: Sizes, stride: Sizes | None, padding: Sizes, dilation: Sizes,
+          ceil_mode: bool) -> _Settings:  # fmt: skip
     check_rank(op, x, [axes + 1, axes + 2], f"(channels, {AXES[axes]}) with or without a batch in front")
     check_floating(op, x)
     found = _Settings(
@@ -391,17 +401,15 @@ def _read(op: str, x: Tensor, axes: int, kernel: Sizes, stride: Sizes | None, pa
         as_tuple(op, "padding", padding, axes, least=0),
         as_tuple(op, "dilation", dilation, axes),
     )
-    for k, p, d in zip(found.kernel, found.padding, found.dilation, strict=True):
-        if 2 * p > d * (k - 1) + 1:
+    for size, k, s, p, d in zip(x.shape[-axes:], *found, strict=True):
+        if 2 * p > k:
             raise ConfigError(
                 f"{op} padding",
-                got=f"{p} with a kernel of {k} and dilation {d}",
-                want="at most half the kernel's reach, so that every window touches the input",
+                got=f"{p} with a kernel of {k}",
+                want="at most half the kernel",
                 remedy="Pad the input itself with torch.nn.functional.pad.",
             )
-    for size, *setting in zip(x.shape[-axes:], *found, strict=True):
-        k, s, p, d = setting
-        strided(size, k, s, p, d)  # refuses what no window fits
+        count_strided(size, k, s, p, d, ceil_mode)  # refuses what no window fits
     return found
 
 
