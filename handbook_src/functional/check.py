@@ -73,6 +73,8 @@ def check_size(op: str, name: str, value: int, *, least: int = 1) -> None:
     Raises:
         ConfigError: it is a fraction, a boolean or too small.
     """
+    if type(value) is int and value >= least:
+        return  # isinstance of an abstract class costs a microsecond
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ConfigError(
             f"{op} {name}", got=repr(value), want=f"an integer of at least {least}", remedy=f"Pass {name}={least}."
@@ -108,6 +110,8 @@ def as_tuple(op: str, name: str, value: int | Sequence[int], axes: int, *, least
     Raises:
         ConfigError: another count, or an entry that is not an integer of at least ``least``.
     """
+    if type(value) is int and value >= least:
+        return (value,) * axes
     entries: tuple[int, ...] = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(entries) == 1:
         entries *= axes
