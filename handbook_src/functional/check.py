@@ -112,6 +112,8 @@ def as_tuple(op: str, name: str, value: int | Sequence[int], axes: int, *, least
     """
     if type(value) is int and value >= least:
         return (value,) * axes
+    if type(value) is tuple and len(value) == axes and all(type(v) is int and v >= least for v in value):
+        return value
     entries: tuple[int, ...] = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(entries) == 1:
         entries *= axes
