@@ -61,7 +61,7 @@ def count_words(texts: Iterable[str]) -> Counter[bytes]:
     """
     counts: Counter[str] = Counter()
     for text in texts:
-        _check_text("BPE text", text)
+        check_text("BPE text", text)
         counts.update(word_pattern().findall(text))
     return Counter({word.encode(): n for word, n in counts.items()})
 
@@ -236,7 +236,7 @@ class BPE:
         if isinstance(text, bytes):
             text = text.decode("utf8", "surrogateescape")  # a byte that is no UTF-8 becomes a mark of its own
         else:
-            _check_text("BPE.encode text", text)
+            check_text("BPE.encode text", text)
         if self._special is None:
             return self._encode_plain(text)
         ids: list[int] = []
@@ -352,7 +352,7 @@ def tokenizers_library(op: str) -> Any:
 def _checked_special(special_tokens: Sequence[str]) -> list[str]:
     tokens = list(special_tokens) if not isinstance(special_tokens, str | bytes) else [special_tokens]
     for token in tokens:
-        _check_text("BPE special token", token)
+        check_text("BPE special token", token)
         if len(word_pattern().findall(token)) < 2 or tokens.count(token) > 1:
             raise ConfigError(
                 "BPE special token",
@@ -363,7 +363,7 @@ def _checked_special(special_tokens: Sequence[str]) -> list[str]:
     return tokens
 
 
-def _check_text(what: str, text: object) -> None:
+def check_text(what: str, text: object) -> None:
     if not isinstance(text, str):
         raise DataError(what, got=f"{type(text).__name__} {text!r:.40}", want="a string", remedy="Decode bytes first.")
     try:

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 
-from handbook_src.data.bpe import BPE, tokenizers_library
-from handbook_src.errors import ConfigError, DataError
+from handbook_src.data.bpe import BPE, check_text, tokenizers_library
+from handbook_src.errors import ConfigError, DataError, ShapeError
+from handbook_src.functional.check import check_positive, check_size
 
 END_OF_TEXT = "<|endoftext|>"
 #: About four paragraphs; the split deals pieces of this many characters.
 PIECE = 2000
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def documentation_text(*, unique: bool = True) -> str:
@@ -75,10 +77,11 @@ def split_text(text: str, every: int = 10) -> tuple[str, str]:
     change of topic as well.
 
     Raises:
-        ConfigError: ``every`` is below 2, or the text is too short to hold out a piece.
+        ConfigError: ``every`` is no integer of at least 2, or the text is too short to hold out a piece.
+        DataError: ``text`` is no string.
     """
-    if every < 2:
-        raise ConfigError("split_text every", got=every, want="at least 2", remedy="10 holds out a tenth.")
+    check_text("split_text text", text)
+    check_size("split_text", "every", every, least=2)
     pieces: list[str] = [""]
     for paragraph in text.split("\n\n"):
         if len(pieces[-1]) >= PIECE:
@@ -113,15 +116,13 @@ def train_bpe(text: str, vocab_size: int = 1024, *, cache: str | Path | None = N
 
     Raises:
         ConfigError: ``vocab_size`` has no room for the 256 bytes and the end of text.
-        DataError: the tokenizers library is not installed.
+        DataError: ``text`` is no string, or the tokenizers library is not installed.
 
     Source:
         Radford et al. 2019, section 2.2 (byte-level BPE); Sennrich et al. 2016, arXiv:1508.07909
     """
-    if vocab_size < 257:
-        raise ConfigError(
-            "train_bpe vocab_size", got=vocab_size, want="at least 257", remedy="256 bytes and one end of text."
-        )
+    check_text("train_bpe text", text)
+    check_size("train_bpe", "vocab_size", vocab_size, least=257)  # 256 bytes and one end of text
     library = tokenizers_library("train_bpe")
     path = Path(cache) / f"bpe-{vocab_size}-{digest(text)}.json" if cache is not None else None
     if path is not None and path.exists():
@@ -153,7 +154,9 @@ class Corpus:
 
     def windows(self, batch: int, length: int, generator: torch.Generator) -> Int[Tensor, "b t"]:
         """Draw ``batch`` windows of ``length`` tokens from the training part, with replacement."""
-        if not 0 < length <= len(self.train):
+        check_size("Corpus.windows", "batch", batch)
+        check_size("Corpus.windows", "length", length)
+        if length > len(self.train):
             raise ConfigError(
                 "Corpus.windows length",
                 got=length,
@@ -169,7 +172,8 @@ class Corpus:
         The last token of a window is the first of the next, so that each token but
         the very first is predicted once. A rest shorter than ``length`` is left out.
         """
-        if not 1 < length <= len(self.held_out):
+        check_size("Corpus.held_out_windows", "length", length, least=2)
+        if length > len(self.held_out):
             raise ConfigError(
                 "Corpus.held_out_windows length",
                 got=length,
@@ -194,7 +198,7 @@ def documentation(vocab_size: int = 1024, *, every: int = 10, cache: str | Path 
     )
 
 
-def unigram_entropy(train: Int[Tensor, " n"], held_out: Int[Tensor, " m"], vocab_size: int) -> float:
+def unigram_entropy(train: Integer[Tensor, " n"], held_out: Integer[Tensor, " m"], vocab_size: int) -> float:
     r"""Return the nats per token that the training part's token frequencies cost on the held-out part.
 
     .. math:: H_1 = -\frac1m \sum_i \log \frac{c(w_i) + T / V}{n + T}
@@ -206,15 +210,17 @@ def unigram_entropy(train: Int[Tensor, " n"], held_out: Int[Tensor, " m"], vocab
 
     Raises:
         ConfigError: a part is empty, or a token is outside the vocabulary.
+        ShapeError: a part has other than one axis, or holds no integers.
 
     Source:
         Witten & Bell 1991, IEEE Trans. Inf. Theory 37(4), method C
     """
-    p = _unigram(train, held_out, vocab_size)
+    train, held_out = _tokens(train, held_out, vocab_size)
+    p = _unigram(train, vocab_size)
     return -p[held_out].log().mean().item()
 
 
-def bigram_entropy(train: Int[Tensor, " n"], held_out: Int[Tensor, " m"], vocab_size: int) -> float:
+def bigram_entropy(train: Integer[Tensor, " n"], held_out: Integer[Tensor, " m"], vocab_size: int) -> float:
     r"""Return the nats per token of a Witten-Bell bigram on the held-out part.
 
     .. math:: p(w \mid u) = \frac{c(u, w) + T(u)\, p(w)}{c(u) + T(u)},
@@ -225,11 +231,13 @@ def bigram_entropy(train: Int[Tensor, " n"], held_out: Int[Tensor, " m"], vocab_
 
     Raises:
         ConfigError: a part has fewer than two tokens, or a token is outside the vocabulary.
+        ShapeError: a part has other than one axis, or holds no integers.
 
     Source:
         Witten & Bell 1991, IEEE Trans. Inf. Theory 37(4), method C; Chen & Goodman 1999, section 2.5
     """
-    p = _unigram(train, held_out, vocab_size)
+    train, held_out = _tokens(train, held_out, vocab_size)
+    p = _unigram(train, vocab_size)
     if min(len(train), len(held_out)) < 2:
         raise ConfigError(
             "bigram_entropy", got=min(len(train), len(held_out)), want="two tokens or more", remedy="Pass more text."
@@ -243,8 +251,18 @@ def bigram_entropy(train: Int[Tensor, " n"], held_out: Int[Tensor, " m"], vocab_
     return -torch.where(seen > 0, p_uw, p[w]).log().mean().item()
 
 
-def _unigram(train: Tensor, held_out: Tensor, vocab_size: int) -> Tensor:
+def _tokens(train: Tensor, held_out: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Both parts as int64: bytes (uint8) would select by mask where they should index, and wrap around in products."""
+    check_size("n-gram entropy", "vocab_size", vocab_size)
     for name, part in (("train", train), ("held_out", held_out)):
+        if not isinstance(part, Tensor) or part.ndim != 1 or part.dtype not in _INTEGERS:
+            got = f"{tuple(part.shape)} of {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
+            raise ShapeError(
+                f"n-gram entropy, {name} tokens",
+                got=got,
+                want="a tensor of one axis, of integers",
+                remedy="Pass the tokens of one text, for instance torch.tensor(ids).",
+            )
         if len(part) == 0 or not 0 <= int(part.min()) <= int(part.max()) < vocab_size:
             raise ConfigError(
                 f"n-gram entropy, {name} tokens",
@@ -252,11 +270,20 @@ def _unigram(train: Tensor, held_out: Tensor, vocab_size: int) -> Tensor:
                 want=f"at least one, each from 0 to {vocab_size - 1}",
                 remedy="Pass the tokenizer's own vocab_size.",
             )
+    return train.long(), held_out.long()
+
+
+def _unigram(train: Tensor, vocab_size: int) -> Tensor:
     count = torch.bincount(train, minlength=vocab_size).double()
     distinct = float((count > 0).sum())
     return (count + distinct / vocab_size) / (len(train) + distinct)
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Return a loss in bits per byte, which does not depend on the tokenizer."""
+    """Return a loss in bits per byte, which does not depend on the tokenizer.
+
+    Raises:
+        ConfigError: ``bytes_per_token`` is not positive.
+    """
+    check_positive("bits_per_byte", "bytes_per_token", bytes_per_token)
     return nats_per_token / (math.log(2.0) * bytes_per_token)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.functional.check import check_features, check_floating, check_rank
-from handbook_src.functional.embedding import check_range, check_table, check_tokens
+from handbook_src.functional.conv_input import check_alike
+from handbook_src.functional.embedding import check_range, check_settings, check_table, check_tokens
 
 _OP = "char_cnn"
 #: Ids of :func:`word_bytes`: 0 pads, 1 to 256 are the bytes, then the two ends of a word.
@@ -20,7 +21,7 @@ PADDING, BEGIN, END, NUM_CHARS = 0, 257, 258, 259
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
 
 
-def word_bytes(words: Sequence[str], length: int | None = None) -> Int[Tensor, "words characters"]:
+def word_bytes(words: Iterable[str], length: int | None = None) -> Int[Tensor, "words characters"]:
     """Return the UTF-8 bytes of each word between a begin and an end mark, padded with zeros.
 
     Args:
@@ -36,7 +37,8 @@ def word_bytes(words: Sequence[str], length: int | None = None) -> Int[Tensor, "
         raise ConfigError(
             "word_bytes length", got=repr(length), want="at least 3", remedy="ELMo gives a word 50 characters."
         )
-    if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+    words = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else words
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise DataError(
             "word_bytes words", got=repr(words)[:60], want="a list of strings", remedy="Wrap one word: [w]."
         )
@@ -78,24 +80,28 @@ def char_cnn(
         table: one row a character.
         weights: a convolution's weight for each width, ``filters d width``.
         biases: one for each weight.
-        padding_idx: the character that is none.
+        padding_idx: the character that is none; a negative one counts from the table's end.
         activation: ``tanh`` (Kim) or ``relu`` (ELMo).
         backend: ``reference`` writes the windows out, ``torch`` is ``conv1d``.
 
     Raises:
-        ConfigError: an unknown activation, no filters.
-        ShapeError: characters outside the table or not of an integer dtype, none at all, filters of another depth.
+        ConfigError: an unknown activation, no filters, ``padding_idx`` is no row.
+        ShapeError: characters outside the table or not of an integer dtype, none at all, filters of another depth,
+            none or without width, mixed dtypes.
 
     Source:
         Kim et al. 2015, eq. 1 and 2, arXiv:1508.06615; ELMo's sizes Peters et al. 2018, section 3.4, arXiv:1802.05365
     """
     _check(chars, table, weights, biases, activation)
+    padding = check_settings(_OP, table.shape[0], padding_idx, None, 2.0, False, False)
+    if padding is None:
+        raise ConfigError(f"{_OP} padding_idx", got=None, want="a character", remedy="0 in word_bytes.")
     runs = resolve(_OP, backend, {"torch": None, "reference": None})
     words = chars.reshape(-1, chars.shape[-1])
-    real = words != padding_idx
+    real = words != padding
     places = torch.arange(1, words.shape[1] + 1, device=words.device)
     lengths = (real * places).amax(1)
-    x = F.embedding(words, table) * real[..., None]
+    x = F.embedding(words, table).masked_fill(~real[..., None], 0.0)  # a product would keep a NaN
     found = []
     for weight, bias in zip(weights, biases, strict=True):
         width = weight.shape[2]
@@ -104,7 +110,7 @@ def char_cnn(
         starts = torch.arange(answers.shape[1], device=words.device)
         inside = starts <= (lengths - width).clamp_min(0)[:, None]
         found.append(answers.masked_fill(~inside[..., None], -torch.inf).amax(1))
-    return ACTIVATIONS[activation](torch.cat(found, 1)).to(table.dtype).unflatten(0, chars.shape[:-1])
+    return ACTIVATIONS[activation](torch.cat(found, 1)).to(table.dtype).reshape(*chars.shape[:-1], sum(map(len, weights)))
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, runs: Backend) -> Tensor:
@@ -135,13 +141,22 @@ def highway(
         gate_bias: :math:`b_T`; negative at the start, so that the input passes.
 
     Raises:
-        ShapeError: another number of features, or not floating.
+        ShapeError: another number of features, not floating, weights that are not square or mixed dtypes.
 
     Source:
         Kim et al. 2015, eq. 8, arXiv:1508.06615, after Srivastava et al. 2015, arXiv:1505.00387
     """
-    check_floating("highway", x)
+    parameters = {"weight": weight, "bias": bias, "gate_weight": gate_weight, "gate_bias": gate_bias}
+    check_floating("highway", x, *parameters.values())
+    check_rank("highway weight", weight, (2,), "(features, features)")
     check_features("highway", x, weight.shape[1])
+    check_alike("highway", x, *parameters.values())
+    for name, p in parameters.items():
+        want = (x.shape[-1],) * (2 if name.endswith("weight") else 1)
+        if tuple(p.shape) != want:
+            raise ShapeError(
+                f"highway {name}", got=tuple(p.shape), want=f"{want}", remedy="It answers in the input's features."
+            )
     gate = torch.sigmoid(F.linear(x, gate_weight, gate_bias))
     return gate * torch.relu(F.linear(x, weight, bias)) + (1 - gate) * x
 
@@ -157,8 +172,9 @@ def _check(chars: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequ
             remedy="Pad empty words with the padding character.",
         )
     check_range(chars, table.shape[0])
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(f"{_OP} activation", got=repr(activation), want=f"one of {list(ACTIVATIONS)}", remedy="tanh.")
+    check_floating(_OP, *weights, *biases)
     if not weights or len(weights) != len(biases):
         raise ConfigError(
             f"{_OP} filters",
@@ -169,6 +185,10 @@ def _check(chars: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequ
     for weight, bias in zip(weights, biases, strict=True):
         check_rank(f"{_OP} weight", weight, (3,), "(filters, character features, width)")
         check_features(_OP, weight, table.shape[1], name="weight", axis=1)
+        check_alike(_OP, table, weight, bias)
+        if 0 in weight.shape:
+            want = "at least one filter of at least one character"
+            raise ShapeError(f"{_OP} weight", got=tuple(weight.shape), want=want, remedy="Leave this width out.")
         if tuple(bias.shape) != (weight.shape[0],):
             raise ShapeError(
                 f"{_OP} bias", got=tuple(bias.shape), want=f"{(weight.shape[0],)}", remedy="One entry a filter."

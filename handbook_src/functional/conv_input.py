@@ -96,7 +96,7 @@ def check_conv(
         ShapeError: rank, channels, groups, dtypes or devices do not fit.
     """
     check_floating(op, x, weight, bias)
-    _check_alike(op, x, weight, bias)
+    check_alike(op, x, weight, bias)
     check_size(op, "groups", groups)
     check_rank(op, x, (axes + 2, axes + 1), f"([batch,] channels, {AXES[axes - 1]})")
     order = "in, out / groups" if transposed else "out, in / groups"
@@ -116,11 +116,11 @@ def check_conv(
             remedy=f"Take one of {[g for g in range(1, first + 1) if first % g == 0] or 'more channels'}.",
         )
     wanted, out = (first, second * groups) if transposed else (second * groups, first)
-    if x.shape[-axes - 1] != wanted:
+    if x.shape[-axes - 1] != wanted or wanted == 0:
         raise ShapeError(
             f"{op} input",
             got=f"{x.shape[-axes - 1]} channels in {tuple(x.shape)}",
-            want=f"{wanted} channels on axis {-axes - 1}, as a weight of {tuple(weight.shape)} has in {groups} groups",
+            want=f"{wanted or 'at least 1'} channels on axis {-axes - 1}, as a weight of {tuple(weight.shape)} has in {groups} groups",
             remedy="Channels come before the spatial axes; move them there, or build the layer with the input's count.",
         )
     if bias is not None and tuple(bias.shape) != (out,):
@@ -221,19 +221,23 @@ def check_separable(op: str, channels: int, depthwise: Tensor, pointwise: Tensor
         )
 
 
-def _check_alike(op: str, x: Tensor, *parameters: Tensor | None) -> None:
-    """Refuse mixed devices, and mixed dtypes outside autocast, which unites them."""
+def check_alike(op: str, x: Tensor, *parameters: Tensor | None) -> None:
+    """Refuse mixed devices, and mixed dtypes outside autocast, which unites all but float64.
+
+    Raises:
+        ShapeError: they are mixed.
+    """
     for p in parameters:
         if p is None:
             continue
         if p.device != x.device:
             raise ShapeError(f"{op} device", got=f"{p.device} and {x.device}", want="one device", remedy="Use .to().")
-        if p.dtype != x.dtype and not autocasts(x):
+        if p.dtype != x.dtype and (not autocasts(x) or torch.float64 in (p.dtype, x.dtype)):
             raise ShapeError(
                 f"{op} dtype",
                 got=f"{x.dtype} input, {p.dtype} parameters",
                 want="one dtype",
-                remedy="Convert one of them with .to(), or run under torch.autocast.",
+                remedy="Convert one of them with .to(); torch.autocast unites all dtypes but float64.",
             )
 
 

@@ -24,7 +24,7 @@ from handbook_src.data.text import (
     train_bpe,
     unigram_entropy,
 )
-from handbook_src.errors import ConfigError, DataError
+from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.testing import refuses
 
 
@@ -159,6 +159,41 @@ def test_refusals(corpus: Corpus, generator: torch.Generator, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with refuses(DataError, "pip install tokenizers"):
         train_bpe("a")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_entropies_do_not_depend_on_the_integer(dtype: torch.dtype, generator: torch.Generator) -> None:
+    vocab = {torch.uint8: 256}.get(dtype, 300)
+    train = torch.randint(vocab, (5000,), generator=generator)
+    for entropy in (unigram_entropy, bigram_entropy):
+        for held_out in (train[:vocab], train[: vocab + 1]):  # as long as a mask over the vocabulary would be
+            assert entropy(train.to(dtype), held_out.to(dtype), vocab) == entropy(train, held_out, vocab)
+
+
+def test_what_is_no_text_no_size_and_no_tokens_is_refused(corpus: Corpus, generator: torch.Generator) -> None:
+    for bad in (2.5, math.nan, None, "3", True):
+        for call in (
+            lambda bad: split_text("a", bad),
+            lambda bad: train_bpe("a", bad),
+            lambda bad: corpus.windows(bad, 2, generator),
+            lambda bad: corpus.windows(1, bad, generator),
+            corpus.held_out_windows,
+            lambda bad: unigram_entropy(torch.tensor([0]), torch.tensor([0]), bad),
+        ):
+            with refuses(ConfigError, repr(bad)):
+                call(bad)
+    for bad in (0, -2.0, math.nan, None, "2"):
+        with refuses(ConfigError, "bytes_per_token", repr(bad)):
+            bits_per_byte(1.0, bad)  # type: ignore[arg-type]
+    for call in (split_text, train_bpe):
+        with refuses(DataError, "text"):
+            call(["a"])
+    good = torch.tensor([0, 1])
+    for wrong in (good.float(), good.bool(), good[None]):
+        with refuses(ShapeError, "held_out", wrong.dtype):
+            bigram_entropy(good, wrong, 5)
+    with refuses(ShapeError, "train", "list"):
+        unigram_entropy([1, 2], good, 5)  # type: ignore[arg-type]
 
 
 def test_a_torn_cache_file_is_made_again_and_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,12 @@ def test_padding_never_enters(backend) -> None:
     torch.testing.assert_close(char_cnn(chars, table, p[:3], p[3:], backend=backend), y)
     alone = char_cnn(chars[1:2, :1], table, p[:3], p[3:], backend=backend)
     torch.testing.assert_close(alone, y[1:2])
+    with torch.no_grad():
+        table[0] = torch.nan
+    torch.testing.assert_close(char_cnn(chars, table, p[:3], p[3:], backend=backend), y)
+    torch.testing.assert_close(char_cnn(chars[0], table, p[:3], p[3:], backend=backend), y[0])
+    negative = char_cnn((chars - 1) % 9, table.roll(-1, 0), p[:3], p[3:], padding_idx=-1, backend=backend)
+    torch.testing.assert_close(negative, y)
 
 
 @pytest.mark.law("char-cnn-embedding")
@@ -121,6 +127,7 @@ def test_words_become_bytes_between_marks() -> None:
     assert word_bytes(["é"], 6).tolist() == [[257, 0xC3 + 1, 0xA9 + 1, 258, 0, 0]]
     assert word_bytes(["abcdef"], 4).tolist() == [[257, 98, 99, 258]]
     assert word_bytes([]).shape == (0, 2)
+    assert torch.equal(word_bytes(map(str.lower, ["A", "BC"])), word_bytes(["a", "bc"]))
 
 
 @pytest.mark.registration("char-cnn-embedding")
@@ -161,9 +168,26 @@ def test_bad_input_is_refused() -> None:
         char_cnn(words([1]), table, [draw(3, 3, 1)], [draw(2)])
     with refuses(ShapeError, (2, 4), 5):
         highway(draw(2, 4), draw(5, 5), draw(5), draw(5, 5), draw(5))
+    for bad_padding in (9, -10, None, 0.5, True, "0"):
+        with refuses(ConfigError, "padding_idx", bad_padding):
+            char_cnn(words([1]), table, weights, biases, padding_idx=bad_padding)  # type: ignore[arg-type]
+    with refuses(ConfigError, ["tanh"]):
+        char_cnn(words([1]), table, weights, biases, activation=["tanh"])  # type: ignore[arg-type]
+    for backend in BACKENDS:
+        with refuses(ShapeError, torch.float32, torch.float64):
+            char_cnn(words([1]), table, [w.float() for w in weights], biases, backend=backend)
+        for empty in ((3, 3, 0), (0, 3, 2)):
+            with refuses(ShapeError, "weight", empty):
+                char_cnn(words([1]), table, [draw(*empty)], [draw(empty[0])], backend=backend)
+    for name, shape in (("weight", (4, 5)), ("bias", (1,)), ("gate_weight", (1, 5)), ("gate_bias", (4,))):
+        parts = {"weight": draw(5, 5), "bias": draw(5), "gate_weight": draw(5, 5), "gate_bias": draw(5)}
+        with refuses(ShapeError, f"highway {name}", shape):
+            highway(draw(2, 5), **{**parts, name: draw(*shape)})
+        with refuses(ShapeError, torch.float32):
+            highway(draw(2, 5), **{**parts, name: parts[name].float()})
     for length in (2, 0, True, 4.0):
         with refuses(ConfigError, "length", repr(length)):
             word_bytes(["a"], length)  # type: ignore[arg-type]
-    for bad_words in ("abc", [1], ["a", None], ["\ud800"]):
+    for bad_words in ("abc", None, 5, [1], ["a", None], ["\ud800"]):
         with refuses(DataError, "word_bytes"):
             word_bytes(bad_words)  # type: ignore[arg-type]

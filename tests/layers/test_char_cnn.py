@@ -52,6 +52,7 @@ def test_a_word_has_one_vector_however_far_it_is_padded() -> None:
         torch.testing.assert_close(layer(word_bytes(["cat", "x"], length))[:1], alone)
     assert layer(word_bytes(["a", "b", "c", "d"], 9).view(2, 2, 9)).shape == (2, 2, 8)
     assert layer(word_bytes([])).shape == (0, 8)
+    torch.testing.assert_close(layer(word_bytes(["cat"])[0]), alone[0])
 
 
 @pytest.mark.law("char-cnn-embedding")
