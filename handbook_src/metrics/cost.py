@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from handbook_src.errors import ConfigError
@@ -35,22 +37,24 @@ def cost(module: nn.Module, *inputs: Any) -> Cost:
         \text{parameters} = C' \frac{C}{G} K \;(+\, C' \text{ for the bias}).
 
     A multiply-accumulate is two FLOPs, so papers that count "multiply-adds" print half.
-    Operations are counted by :class:`torch.utils.flop_counter.FlopCounterMode`: biases,
-    norms, activations, pooling and other elementwise work are not in it.
+    Counted are convolutions, products of matrices and vectors, attention, and torch's bilinear and recurrent
+    layers, by :class:`torch.utils.flop_counter.FlopCounterMode` and the formulas it lacks; biases, norms,
+    activations, pooling, distances and other elementwise work are not in it.
 
     Memory is measured, not estimated: the bytes that autograd saves in the module's present mode,
     each storage once. Floating inputs are taken to need a gradient, as inside a network, and
     count where they are saved. Frozen parameters count as parameters, but save less.
 
-    Nothing is changed: inputs and buffers are copied, the random streams are put back. On
-    the ``meta`` device the same numbers come without the arithmetic.
+    Nothing is changed: input tensors, parameters and buffers are copied, the random streams are put
+    back. On the ``meta`` device parameters and FLOPs are the same, without the arithmetic. So are the bytes,
+    except where a device has a fused operation that keeps less or more: torch's attention and LSTM.
 
     Args:
         module: in the mode, dtype and device to be measured.
         inputs: positional arguments of its ``forward``; tensors are copied, the rest is passed through.
 
     Raises:
-        ConfigError: ``module`` is not a module.
+        ConfigError: ``module`` is not a module, or a lazy one that has not seen an input.
 
     Example:
         >>> cost(nn.Conv2d(2, 3, 3, padding=1, bias=False), torch.ones(1, 2, 4, 5))
@@ -63,8 +67,13 @@ def cost(module: nn.Module, *inputs: Any) -> Cost:
         raise ConfigError(
             "cost module", got=type(module).__name__, want="an nn.Module", remedy="Wrap the function in a module."
         )
-    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    state = {_storage(t) for t in (*module.parameters(), *buffers.values())}
+    if any(is_lazy(t) for t in (*module.parameters(), *module.buffers())):
+        raise ConfigError(
+            "cost module",
+            got=f"{type(module).__name__} with sizes still open",
+            want="a module whose parameters have shapes",
+            remedy="Run it once on an input.",
+        )
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -72,22 +81,68 @@ def cost(module: nn.Module, *inputs: Any) -> Cost:
             saved[_storage(t)] = t.untyped_storage().nbytes()
         return t.detach()  # shares the storage, so that no later tensor takes its address
 
-    counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with torch.random.fork_rng(devices=_gpus(module, inputs)), torch.inference_mode(False), torch.enable_grad():
         copies = [_copy(x) for x in inputs]
+        own = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in module.named_parameters()}
+        own |= {name: b.detach().clone() for name, b in module.named_buffers()}
+        state = {_storage(t) for t in (*own.values(), *module.parameters())}  # an LSTM holds on to its originals
         with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            kept = functional_call(module, buffers, tuple(copies))
+            kept = functional_call(module, own, tuple(copies))
     del kept
     parameters = sum(p.numel() for p in module.parameters())
     return Cost(parameters, counter.get_total_flops(), sum(saved.values()))
 
 
-#: Fused attention on the CPU, which torch's own table of counts leaves out.
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
+def _attention(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
+
+
+def _dot(x: Any, y: Any, *args: Any, **options: Any) -> int:
+    return 2 * math.prod(x)
+
+
+def _mv(matrix: Any, vector: Any, *args: Any, **options: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _addmv(x: Any, matrix: Any, vector: Any, *args: Any, **options: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _addbmm(x: Any, left: Any, right: Any, *args: Any, **options: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+def _trilinear(left: Any, weight: Any, right: Any, *args: Any, **options: Any) -> int:
+    """Of ``nn.Bilinear``: for each sample and output a row times a matrix, times a column."""
+    outputs, rows, columns = weight
+    return 2 * left[0] * outputs * columns * (rows + 1)
+
+
+def _onednn_lstm(x: Any, weight: Any, recurrent: Any, *args: Any, **options: Any) -> int:
+    """One layer, one direction: both matrices at every step."""
+    return 2 * math.prod(x[:-1]) * (math.prod(weight) + math.prod(recurrent))
+
+
+def _cudnn_rnn(x: Any, weights: Any, *args: Any, **options: Any) -> int:
+    """All layers and directions: every matrix at every step."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(w) for w in weights if len(w) == 2)
+
+
+_ATEN = torch.ops.aten
+#: What torch's own table of counts leaves out.
+_FORMULAS = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN.dot: _dot,
+    _ATEN.vdot: _dot,
+    _ATEN.mv: _mv,
+    _ATEN.addmv: _addmv,
+    _ATEN.addbmm: _addbmm,
+    _ATEN._trilinear: _trilinear,
+    _ATEN.mkldnn_rnn_layer: _onednn_lstm,
+    _ATEN._cudnn_rnn: _cudnn_rnn,
+}
 
 
 def _storage(t: Tensor) -> int:

@@ -88,6 +88,76 @@ def test_an_empty_batch_costs_parameters_only():
     assert cost(nn.Linear(4, 2), torch.ones(0, 4)) == Cost(10, 0, 0)
 
 
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, run) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *args):
+        return self.run(*args)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_products_with_vectors_are_counted(device):
+    matrix, vector, left = (torch.ones(*n, device=device) for n in ((3, 5), (5,), (3,)))
+    stack, other = torch.ones(2, 3, 4, device=device), torch.ones(2, 4, 5, device=device)
+    for run, args, flops in (
+        (torch.matmul, (matrix, vector), 30),
+        (torch.matmul, (left, matrix), 30),
+        (torch.dot, (vector, vector), 10),
+        (torch.vdot, (vector, vector), 10),
+        (torch.addmv, (left, matrix, vector), 30),
+        (torch.addbmm, (matrix, stack, other), 2 * 2 * 3 * 4 * 5),
+    ):
+        assert cost(Call(run), *args).flops == flops, run
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bilinear_and_recurrent_layers_cost_their_closed_forms(device):
+    """An LSTM on CPUs and a recurrent layer on CUDA are one operation each, which torch counts as nothing."""
+    pair = torch.ones(2, 3, device=device), torch.ones(2, 4, device=device)
+    assert cost(nn.Bilinear(3, 4, 5, device=device), *pair).flops == 2 * 2 * 5 * (3 * 4 + 4)
+    x = torch.ones(5, 2, 8, device=device)
+    for build, gates in ((nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)):
+        found = cost(build(8, 16, 2, bidirectional=True, device=device), x)
+        assert found.flops == 2 * 5 * 2 * 2 * gates * 16 * ((8 + 16) + (32 + 16)), build
+    one = cost(nn.LSTM(8, 16, batch_first=True, device=device), x)
+    assert (one.parameters, one.flops) == (4 * 16 * (8 + 16 + 2), 2 * 5 * 2 * 4 * 16 * (8 + 16))
+
+
+def test_a_recurrent_layer_of_cudnn_costs_its_closed_form():
+    def run(x, *weights):
+        h = x.new_zeros(1, 2, 16)
+        return torch.ops.aten._cudnn_rnn(x, weights, 4, None, h, h, 2, 16, 0, 1, False, 0.0, True, False, [], None)[0]
+
+    shapes = (5, 2, 8), (64, 8), (64, 16), (64,), (64,)
+    assert cost(Call(run), *(torch.ones(n, device="meta") for n in shapes)).flops == 2 * 5 * 2 * 64 * (8 + 16)
+
+
+def test_a_forward_that_writes_to_its_parameters_changes_a_copy():
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        table = kind(10, 4, max_norm=0.1)
+        before = table.weight.detach().clone()
+        assert cost(table, torch.tensor([[1, 2, 3]])).parameters == 40
+        assert torch.equal(table.weight, before)
+
+
+def test_parameters_made_in_inference_mode_can_be_measured():
+    with torch.inference_mode():
+        layer = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        inside = cost(layer, torch.ones(2, 4))
+    assert inside == cost(layer, torch.ones(2, 4)) == Cost(21, 48, 4 * 2 * (4 + 3) + 4 * 2 * 3)
+
+
+def test_a_lazy_module_is_refused():
+    with refuses(ConfigError, "LazyLinear"):
+        cost(nn.LazyLinear(3), torch.ones(2, 4))
+    with refuses(ConfigError, "Sequential"):
+        cost(nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), torch.ones(2, 4))
+
+
 def test_integers_pass_through():
     assert cost(nn.Embedding(9, 4), torch.tensor([1, 2, 2])) == Cost(36, 0, 3 * 8)
 
