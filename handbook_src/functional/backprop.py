@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, DataError, ShapeError
-from handbook_src.functional.check import check_features, check_floating, check_rank
+from handbook_src.functional.check import check_features, check_floating, check_one_dtype, check_rank
 
 Activation = Literal["identity", "relu", "sigmoid", "tanh"]
 
@@ -63,7 +63,7 @@ def mlp_forward(
 
     Raises:
         ConfigError: no layer, not one bias for each weight, or an unknown activation.
-        ShapeError: sizes that do not follow one another, or a dtype that is not floating.
+        ShapeError: sizes that do not follow one another, or dtypes that are not floating or differ.
 
     Source:
         Rumelhart, Hinton & Williams 1986, eq. 1 and 2, doi:10.1038/323533a0
@@ -100,7 +100,7 @@ def mlp_backward(
 
     Raises:
         ConfigError: the trace belongs to another number of layers.
-        ShapeError: ``grad_output`` has not the output's shape.
+        ShapeError: ``grad_output`` has not the output's shape and dtype, or a weight not that of the forward pass.
 
     Source:
         Rumelhart, Hinton & Williams 1986, eq. 4 to 7, doi:10.1038/323533a0
@@ -121,6 +121,16 @@ def mlp_backward(
             want=f"{tuple(outputs[-1].shape)}, the output's shape",
             remedy="Differentiate the loss with respect to the output of mlp_forward.",
         )
+    check_one_dtype("mlp_backward", outputs[-1], grad_output, *weights)
+    for i, (w, y_in, y_out) in enumerate(zip(weights, outputs[:-1], outputs[1:], strict=True)):
+        want = (y_out.shape[1], y_in.shape[1])
+        if tuple(w.shape) != want:
+            raise ShapeError(
+                f"mlp_backward weight {i}",
+                got=tuple(w.shape),
+                want=f"{want}, as in the forward pass",
+                remedy="Pass the weights that mlp_forward was given.",
+            )
     delta = grad_output
     grad_weights, grad_biases = [], []
     for w, y_in in zip(reversed(weights), reversed(outputs[:-1]), strict=True):
@@ -133,7 +143,7 @@ def mlp_backward(
 
 
 def cross_entropy_backward(
-    logits: Float[Tensor, "b v"], target: Int[Tensor, " b"]
+    logits: Float[Tensor, "b v"], target: Integer[Tensor, " b"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "b v"]]:
     r"""Return the mean cross-entropy and its gradient with respect to the logits.
 
@@ -146,14 +156,23 @@ def cross_entropy_backward(
         target: the right class of each row.
 
     Raises:
-        DataError: a target outside the classes.
-        ShapeError: not one target for each row, an empty batch, or logits that are not floating.
+        DataError: a target outside the classes; not looked for under ``torch.compile``.
+        ShapeError: not one target for each row, an empty batch, targets that are not integers (booleans are not),
+            or logits that are not floating.
 
     Source:
         Bridle 1990, doi:10.1007/978-3-642-76153-9_28
     """
     check_floating("cross_entropy_backward", logits)
     check_rank("cross_entropy_backward", logits, [2], "(batch, classes)")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ShapeError(
+            "cross_entropy_backward target dtype",
+            got=target.dtype,
+            want="class numbers, an integer dtype",
+            remedy="Convert with .long().",
+        )
+    target = target.long()  # smaller integers would be read as masks
     if target.shape != logits.shape[:1] or not len(logits):
         raise ShapeError(
             "cross_entropy_backward target",
@@ -161,7 +180,8 @@ def cross_entropy_backward(
             want="one class for each row, of at least one row",
             remedy="A mean over no samples is not a number.",
         )
-    if target.min() < 0 or target.max() >= logits.shape[1]:
+    seen = not (torch.compiler.is_compiling() or target.is_meta)  # a branch on values would break the graph
+    if seen and (target.min() < 0 or target.max() >= logits.shape[1]):
         raise DataError(
             "cross_entropy_backward target",
             got=f"classes from {target.min()} to {target.max()}",
@@ -195,6 +215,7 @@ def _check_layers(op: str, x: Tensor, weights: Sequence[Tensor], biases: Sequenc
             remedy="Pass zeros for a layer without a bias.",
         )
     check_floating(op, x, *weights, *biases)
+    check_one_dtype(op, x, *weights, *biases)
     check_rank(op, x, [2], "(batch, features)")
     features = x.shape[1]
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_features, check_floating, check_rank, check_size
+from handbook_src.functional.check import check_features, check_floating, check_one_dtype, check_rank, check_size
+from handbook_src.functional.norm import at_least_float32
 
 Nonlinearity = Literal["tanh", "relu"]
 
@@ -43,17 +44,17 @@ def rnn_forward(
 ) -> Float[Tensor, "b t n"]:
     r"""Run an Elman network and return every state.
 
-    .. math:: h_t = \phi\bigl(x_t W_{ih}^\top + b_{ih} + h_{t-1} W_{hh}^\top + b_{hh}\bigr)
+    .. math:: z_t = x_t W_{ih}^\top + b_{ih} + h_{t-1} W_{hh}^\top + b_{hh}, \qquad h_t = \phi(z_t)
 
     Args:
-        x: a batch of sequences; none of them may be empty of features, all may be empty of steps.
+        x: a batch of sequences, which may have no steps.
         h0: the state before the first step.
         parameters: ``weight_ih`` (``n d``), ``weight_hh`` (``n n``) and two biases (``n``).
         nonlinearity: :math:`\phi`, ``tanh`` or ``relu``.
 
     Raises:
         ConfigError: an unknown ``nonlinearity``.
-        ShapeError: sizes that do not fit, or a dtype that is not floating.
+        ShapeError: sizes that do not fit, or dtypes that are not floating or differ.
 
     Source:
         Elman 1990, doi:10.1207/s15516709cog1402_1; Pascanu et al. 2012, eq. 1 and 2, arXiv:1211.5063
@@ -81,12 +82,12 @@ def rnn_backward(
     r"""Carry the gradient of the loss back through time.
 
     .. math::
-        \delta_t &= \Bigl(\frac{\partial \mathcal L_t}{\partial h_t} + \delta_{t+1} W_{hh}\Bigr) \odot \phi'(h_t) \\
+        \delta_t &= \Bigl(\frac{\partial \mathcal L_t}{\partial h_t} + \delta_{t+1} W_{hh}\Bigr) \odot \phi'(z_t) \\
         \frac{\partial \mathcal L}{\partial W_{hh}} &= \sum_t \delta_t^\top h_{t-1}, \qquad
         \frac{\partial \mathcal L}{\partial W_{ih}} = \sum_t \delta_t^\top x_t, \qquad
         \frac{\partial \mathcal L}{\partial x_t} = \delta_t W_{ih}
 
-    One weight serves every step, so its gradient is a sum over steps.  With ``truncate`` = k the
+    with :math:`z_t` as in :func:`rnn_forward`.  One weight serves every step, so its gradient is a sum over steps.  With ``truncate`` = k the
     gradient does not cross from a block of k steps into the one before, as if the state had been
     detached there.
 
@@ -101,7 +102,7 @@ def rnn_backward(
 
     Raises:
         ConfigError: an unknown ``nonlinearity``, or ``truncate`` below 1.
-        ShapeError: sizes that do not fit.
+        ShapeError: sizes that do not fit, or dtypes that are not floating or differ.
 
     Source:
         Werbos 1990, doi:10.1109/5.58337; Pascanu et al. 2012, eq. 3 to 5, arXiv:1211.5063
@@ -136,11 +137,12 @@ def jacobian_norms(
 
     .. math::
         \Bigl\lVert \frac{\partial h_T}{\partial h_k} \Bigr\rVert_2 =
-        \Bigl\lVert \prod_{t=k+1}^{T} \mathrm{diag}\bigl(\phi'(h_t)\bigr) W_{hh} \Bigr\rVert_2
+        \Bigl\lVert \prod_{t=k+1}^{T} \mathrm{diag}\bigl(\phi'(z_t)\bigr) W_{hh} \Bigr\rVert_2
         \le \bigl(\gamma\, \lVert W_{hh} \rVert_2\bigr)^{T-k}
 
-    with :math:`\gamma = \max \phi'` (1 for tanh and ReLU).  Below one the product vanishes,
-    above one it may explode.
+    with :math:`z_t` as in :func:`rnn_forward` and :math:`\gamma = \max \phi'` (1 for tanh and ReLU).
+    Below one the product vanishes, above one it may explode.  Half precision is computed in
+    float32 and rounded once.
 
     Args:
         states: what :func:`rnn_forward` returned.
@@ -152,24 +154,26 @@ def jacobian_norms(
 
     Raises:
         ConfigError: an unknown ``nonlinearity``.
-        ShapeError: sizes that do not fit, or a dtype that is not floating.
+        ShapeError: sizes that do not fit, or dtypes that are not floating or differ.
 
     Source:
         Pascanu et al. 2012, eq. 5 to 7, arXiv:1211.5063
     """
     _check_nonlinearity("jacobian_norms", nonlinearity)
     check_floating("jacobian_norms", states, weight_hh)
+    check_one_dtype("jacobian_norms", states, weight_hh)
     check_rank("jacobian_norms", states, [3], "(batch, time, state)")
     size = states.shape[-1]
     check_rank("jacobian_norms weight_hh", weight_hh, [2], "(state, state)")
     check_features("jacobian_norms", weight_hh, size, name="weight_hh")
     check_features("jacobian_norms", weight_hh, size, name="weight_hh", axis=0)
-    product = torch.eye(size, dtype=states.dtype, device=states.device).expand(len(states), size, size)
+    wide, w = at_least_float32(states), at_least_float32(weight_hh)
+    product = torch.eye(size, dtype=wide.dtype, device=states.device).expand(len(states), size, size)
     norms = []
-    for h in reversed(states.unbind(1)):
+    for h in reversed(wide.unbind(1)):
         norms.append(torch.linalg.matrix_norm(product, 2) if size else h.new_zeros(len(h)))
-        product = product @ (slope(h, nonlinearity)[:, :, None] * weight_hh)
-    return torch.stack(norms, 1) if norms else states.new_zeros(states.shape[:2])
+        product = product @ (slope(h, nonlinearity)[:, :, None] * w)
+    return torch.stack(norms, 1).to(states.dtype) if norms else states.new_zeros(states.shape[:2])
 
 
 def slope(h: Float[Tensor, "*shape"], nonlinearity: Nonlinearity) -> Float[Tensor, "*shape"]:
@@ -197,6 +201,7 @@ def _check_nonlinearity(op: str, nonlinearity: str) -> None:
 def _check(op: str, x: Tensor, h0: Tensor, parameters: Recurrence, nonlinearity: str) -> None:
     _check_nonlinearity(op, nonlinearity)
     check_floating(op, x, h0, *parameters)
+    check_one_dtype(op, x, h0, *parameters)
     check_rank(op, x, [3], "(batch, time, features)")
     check_rank(f"{op} h0", h0, [2], "(batch, state)")
     size = h0.shape[1]
@@ -217,6 +222,7 @@ def _check(op: str, x: Tensor, h0: Tensor, parameters: Recurrence, nonlinearity:
 
 
 def _check_states(op: str, x: Tensor, h0: Tensor, *states: Tensor) -> None:
+    check_one_dtype(op, x, *states)
     want = (*x.shape[:2], h0.shape[1])
     for s in states:
         if tuple(s.shape) != want:

@@ -31,6 +31,22 @@ def check_floating(op: str, *tensors: Tensor | None) -> None:
             )
 
 
+def check_one_dtype(op: str, x: Tensor, *others: Tensor) -> None:
+    """Refuse tensors of another dtype than ``x``.
+
+    Raises:
+        ShapeError: one has another.
+    """
+    for other in others:
+        if other.dtype != x.dtype:
+            raise ShapeError(
+                f"{op} dtypes",
+                got=f"{other.dtype} beside {x.dtype}",
+                want="one dtype for all",
+                remedy="Convert with .to(dtype).",
+            )
+
+
 def check_features(op: str, x: Tensor, features: int, *, name: str = "input", axis: int = -1) -> None:
     """Check that axis ``axis`` of ``x`` holds ``features``.
 

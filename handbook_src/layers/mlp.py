@@ -88,7 +88,7 @@ class MLP(nn.Module):
         x = input
         for layer, activation in zip(hidden, self.activations, strict=True):
             x = activation(layer(x))
-            if self.training and self.dropout.p:
+            if self.dropout.p:  # its own mode decides: Monte-Carlo dropout trains it alone
                 x = self.dropout(x)
         out: Tensor = last(x)
         return out

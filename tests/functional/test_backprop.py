@@ -144,6 +144,18 @@ def test_it_compiles_without_a_graph_break():
         )
 
 
+@pytest.mark.registration("backprop")
+@pytest.mark.parametrize("integer", [torch.uint8, torch.int16, torch.int32])
+def test_small_integers_are_classes_not_masks(integer):
+    logits, target = draw(3, 4), torch.tensor([1, 0, 1])
+    want = cross_entropy_backward(logits, target)
+    torch.testing.assert_close(cross_entropy_backward(logits, target.to(integer)), want)
+    with unchecked():
+        compiled = torch.compile(cross_entropy_backward, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(logits, target), want)
+        assert cross_entropy_backward(logits.to("meta"), target.to("meta"))[1].shape == (3, 4)
+
+
 # ---------------------------------------------------------------- refusal
 @pytest.mark.refusal("backprop")
 def test_layers_that_do_not_fit_are_named():
@@ -174,6 +186,21 @@ def test_a_gradient_of_another_pass_is_refused():
         mlp_backward(draw(3, 1), trace, weights)
     with refuses(ConfigError, "2 layers", "1"):
         mlp_backward(draw(3, 2), trace, weights[:1])
+    with refuses(ShapeError, "weight 0", "(5, 7)", "(5, 4)"):
+        mlp_backward(draw(3, 2), trace, [draw(5, 7), weights[1]])
+    with refuses(ShapeError, "torch.float32", "torch.float64"):
+        mlp_backward(draw(3, 2).float(), trace, weights)
+
+
+@pytest.mark.refusal("backprop")
+def test_mixed_dtypes_are_refused():
+    weights, biases = network(4, (5, 2))
+    for call in (
+        lambda: mlp_forward(draw(3, 4).float(), weights, biases),
+        lambda: mlp_forward(draw(3, 4), weights, [biases[0], biases[1].float()]),
+    ):
+        with refuses(ShapeError, "torch.float32", "torch.float64"):
+            call()
 
 
 @pytest.mark.refusal("backprop")
@@ -185,6 +212,9 @@ def test_targets_outside_the_classes_are_refused():
         cross_entropy_backward(draw(2, 3), torch.tensor([0, 1, 2]))
     with refuses(ShapeError, "(0,)"):
         cross_entropy_backward(draw(0, 3), torch.empty(0, dtype=torch.int64))
+    for dtype in (torch.bool, torch.float32):
+        with refuses(ShapeError, "target", dtype):
+            cross_entropy_backward(draw(2, 3), torch.tensor([0, 1]).to(dtype))
     with refuses(ShapeError, "3 axes"):
         cross_entropy_backward(draw(2, 3, 1), torch.tensor([0, 1]))
     with refuses(ShapeError, torch.int64):

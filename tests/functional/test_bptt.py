@@ -178,6 +178,31 @@ def test_shapes_that_do_not_fit_are_named():
 
 
 @pytest.mark.refusal("bptt")
+def test_mixed_dtypes_are_refused():
+    parameters, x, h0 = cell(2, 3), draw(2, 4, 2), draw(2, 3)
+    states = rnn_forward(x, h0, parameters)
+    for call in (
+        lambda: rnn_forward(x, h0.float(), parameters),
+        lambda: rnn_forward(x, h0, parameters._replace(bias_hh=parameters.bias_hh.float())),
+        lambda: rnn_backward(states.float(), x, h0, states, parameters),
+        lambda: jacobian_norms(states, parameters.weight_hh.float()),
+    ):
+        with refuses(ShapeError, "torch.float32", "torch.float64"):
+            call()
+    with refuses(ShapeError, "torch.int64"):
+        rnn_backward(states.long(), x, h0, states, parameters)
+
+
+@pytest.mark.registration("bptt")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_jacobians_of_halves_are_computed_in_float32(dtype):
+    states, w = torch.tanh(draw(2, 3, 4)).to(dtype), draw(4, 4).to(dtype)
+    found = jacobian_norms(states, w)
+    assert found.dtype == dtype
+    assert torch.equal(found, jacobian_norms(states.float(), w.float()).to(dtype))
+
+
+@pytest.mark.refusal("bptt")
 def test_bad_choices_are_refused():
     parameters, x, h0 = cell(2, 3), draw(2, 4, 2), draw(2, 3)
     for call in (

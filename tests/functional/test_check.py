@@ -17,6 +17,12 @@ def test_only_floating_tensors_pass(dtype):
         check.check_floating("op", torch.ones(2), torch.ones(2, dtype=dtype))
 
 
+def test_one_dtype():
+    check.check_one_dtype("op", torch.ones(2), torch.ones(3))
+    with refuses(ShapeError, "op", "torch.float64", "torch.float32"):
+        check.check_one_dtype("op", torch.ones(2), torch.ones(3), torch.ones(2).double())
+
+
 @pytest.mark.parametrize(("axis", "shape"), [(-1, (2, 4)), (1, (2, 4, 7)), (-3, (4, 5, 6)), (0, (4,))])
 def test_features_stand_on_their_axis(axis, shape):
     check.check_features("op", torch.ones(shape), 4, axis=axis)

@@ -136,6 +136,8 @@ def test_dropout_acts_in_training_on_the_hidden_numbers_alone():
     torch.testing.assert_close(mlp.eval()(x), sure(x))
     mlp.train()
     torch.testing.assert_close(torch.stack([mlp(x) for _ in range(300)]).mean(0), sure(x), rtol=0, atol=0.02)
+    mlp.eval().dropout.train()  # Monte-Carlo dropout: all in evaluation but this
+    assert not torch.allclose(mlp(x), mlp(x))
     single = MLP(5, (), 3, dropout=0.9)
     torch.testing.assert_close(single(x), single.layers[0](x))
 
