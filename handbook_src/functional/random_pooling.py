@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.functional.check import as_tuple, check_floating, check_rank
+from handbook_src.functional.norm import at_least_float32
 from handbook_src.functional.pooling import Sizes, cut, strided
 
 
@@ -30,7 +31,8 @@ def stochastic_pool2d(
         y_o = x_l,\ l \sim p \quad\text{(training)}, \qquad
         y_o = \sum_{i \in R_o} p_i x_i \quad\text{(evaluation)}
 
-    A window of zeros gives zero.  In training the whole gradient goes to the drawn value; the
+    A window of zeros gives zero, one that holds NaN gives NaN, and infinity outweighs all that
+    is finite.  In training the whole gradient goes to the drawn value; the
     evaluation is the expectation of the training, :math:`E[y_o] = \sum x_i^2 / \sum x_i`.
 
     Args:
@@ -62,7 +64,11 @@ def stochastic_pool2d(
     each = zip(x.shape[2:], kernel, step, pad, strict=True)
     values = cut(x, [strided(*one).to(x.device) for one in each]).values
     total = values.sum(-1)
-    y = _drawn(values, total, generator) if training else values.square().sum(-1) / total.where(total > 0, 1)
+    if training:
+        y = _drawn(values, generator)
+    else:  # each weight first: a square would leave the range of the dtype
+        weights = values / total.where(total > 0, 1)[..., None]
+        y = torch.where(total.isinf(), total, (weights * values).sum(-1))
     return y.to(input.dtype).view(*input.shape[:-2], *y.shape[2:])
 
 
@@ -119,6 +125,13 @@ def fractional_max_pool2d(
     samples = _random_samples
     if samples is None:
         samples = torch.rand(*x.shape[:2], 2, dtype=x.dtype, device=x.device)
+    elif not samples.is_floating_point() or samples.device != x.device:
+        raise ShapeError(
+            f"{op} _random_samples",
+            got=f"{samples.dtype} on {samples.device}",
+            want=f"a floating-point dtype on {x.device}",
+            remedy="Leave it out to have them drawn.",
+        )
     elif tuple(samples.shape) != (*x.shape[:2], 2):
         raise ShapeError(
             f"{op} _random_samples",
@@ -126,6 +139,7 @@ def fractional_max_pool2d(
             want=f"{(*x.shape[:2], 2)}: one u for each plane and axis",
             remedy="Leave it out to have them drawn.",
         )
+    samples = samples.to(x.dtype)
     if resolve(op, backend, {"torch": None, "reference": None}) == "torch":
         run: Callable[..., Tensor] = F.fractional_max_pool2d
         return run(input, kernel, outs, None, return_indices, samples)
@@ -149,14 +163,18 @@ def _refuse_negative(op: str, x: Tensor) -> None:
         )
 
 
-def _drawn(values: Tensor, total: Tensor, generator: Generator | None) -> Tensor:
+def _drawn(values: Tensor, generator: Generator | None) -> Tensor:
     """Draw by inverting the cumulated weights: the first entry whose running sum exceeds u times the total."""
     weights = values.detach()
-    u = torch.rand(total.shape, dtype=values.dtype, device=values.device, generator=generator)
+    top = weights.amax(-1, keepdim=True)
+    endless = (weights == top) & ~top.isfinite()  # infinity alone is drawn beside finite weights
+    weights = torch.where(top.isfinite(), weights / top.where(top > 0, 1), endless.to(weights.dtype))
+    u = torch.rand(weights.shape[:-1], dtype=values.dtype, device=values.device, generator=generator)
     running = weights.cumsum(-1)
     at = (running <= u[..., None] * running[..., -1:]).sum(-1)
     last = (weights > 0).long().cumsum(-1).argmax(-1)  # rounding must not run past the last possible one
-    return values.gather(-1, torch.minimum(at, last)[..., None])[..., 0]
+    drawn = values.gather(-1, torch.minimum(at, last)[..., None])[..., 0]
+    return torch.where(top[..., 0].isnan(), torch.nan, drawn)
 
 
 def _output_size(op: str, x: Tensor, size: Sizes | None, ratio: float | Sequence[float] | None) -> tuple[int, ...]:
@@ -169,21 +187,33 @@ def _output_size(op: str, x: Tensor, size: Sizes | None, ratio: float | Sequence
         )
     if size is not None:
         return as_tuple(op, "output_size", size, 2)
-    ratios = [r for r in (ratio if isinstance(ratio, Sequence) else (ratio, ratio)) if isinstance(r, float)]
-    if len(ratios) != 2 or not all(0 < r < 1 for r in ratios):
+    ratios = read_ratio(op, ratio)
+    outs = tuple(int(n * r) for n, r in zip(x.shape[-2:], ratios, strict=True))
+    return as_tuple(op, "output_size from output_ratio", outs, 2)
+
+
+def read_ratio(op: str, ratio: float | Sequence[float] | None) -> tuple[float, ...]:
+    """Return ``output_ratio`` as one number for each axis.
+
+    Raises:
+        ConfigError: it is not one or two numbers strictly between 0 and 1.
+    """
+    ratios = tuple(ratio) if isinstance(ratio, Sequence) else (ratio, ratio)
+    found = tuple(r for r in ratios if isinstance(r, float) and 0 < r < 1)
+    if len(ratios) != 2 or len(found) != 2:
         raise ConfigError(
             f"{op} output_ratio",
             got=repr(ratio),
             want="one or two numbers strictly between 0 and 1",
             remedy="The paper shrinks by 1.26 or 1.41 a layer: ratios of 0.79 and 0.71.",
         )
-    outs = tuple(int(n * r) for n, r in zip(x.shape[-2:], ratios, strict=True))
-    return as_tuple(op, "output_size from output_ratio", outs, 2)
+    return found
 
 
 def _scattered(size: int, out: int, kernel: int, u: Tensor) -> Tensor:
     """Return the positions ``b channels out kernel`` of windows at pseudo-random places."""
     alpha = (size - kernel) / (out - 1) if out > 1 else 0.0
+    u = at_least_float32(u)  # places of halves would be rounded
     o = torch.arange(out, device=u.device)
     start = ((o + u[..., None]) * alpha).long() - (u[..., None] * alpha).long()
     start = torch.where(o == out - 1, size - kernel, start)

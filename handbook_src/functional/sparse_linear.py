@@ -97,12 +97,13 @@ def magnitude_mask(
 
     .. math:: M_{ij} = 1 \iff |W_{ij}| \text{ is among the largest } n - \mathrm{round}(\text{amount} \cdot n)
 
-    Exactly so many go, ties included; what ``mask`` has removed before goes first.
+    Exactly so many go, ties included; what ``mask`` has removed before goes first and never
+    comes back, also where that is more than ``amount``.
 
     Args:
         weight: the weights to rank.
         amount: the share of all ``n`` weights to remove, in [0, 1].
-        mask: an earlier mask, which is kept to where ``amount`` allows.
+        mask: an earlier mask.
 
     Raises:
         ConfigError: ``amount`` is not a share.
@@ -119,7 +120,8 @@ def magnitude_mask(
         size = torch.where(mask, size, -1.0)
     smallest = torch.topk(size.flatten(), round(amount * size.numel()), largest=False).indices
     keep = torch.ones(size.numel(), dtype=torch.bool, device=size.device)
-    return keep.index_fill(0, smallest, False).view(size.shape)
+    keep = keep.index_fill(0, smallest, False).view(size.shape)
+    return keep if mask is None else keep & mask
 
 
 def check_share(op: str, name: str, value: float) -> None:
@@ -300,11 +302,14 @@ def csr_linear(
     check_features("csr_linear", input, weight.shape[1])
     check_bias("csr_linear", weight, bias)
     check_together("csr_linear", input, weight=weight, bias=bias)
+    if input.is_meta:  # torch multiplies no sparse matrix there
+        return input.new_empty(*input.shape[:-1], weight.shape[0])
     x = at_least_float32(input).reshape(-1, input.shape[-1])
     w = weight.detach()
     if w.dtype != x.dtype:
         w = csr(w.crow_indices(), w.col_indices(), w.values().to(x.dtype), tuple(w.shape))
-    y = (w @ x.T).T
+    with torch.autocast(x.device.type, enabled=False):  # it would take the product to a half, which CSR lacks
+        y = (w @ x.T).T
     y = y if bias is None else y + bias
     return y.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
 

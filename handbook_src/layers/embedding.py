@@ -114,7 +114,7 @@ class Embedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         options = self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
-        if self.backend == "auto" and not self.sparse:
+        if self.backend == "auto" and not self.sparse and input.is_meta == self.weight.is_meta:
             # Checked after a refusal only: looking at every token takes longer than looking it up.
             try:
                 return F.embedding(input, self.weight, *options)

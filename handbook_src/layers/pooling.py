@@ -16,7 +16,7 @@ from handbook_src.errors import ConfigError
 from handbook_src.functional import pooling as maths
 from handbook_src.functional.check import as_tuple, check_size
 from handbook_src.functional.pooling import Sizes
-from handbook_src.functional.random_pooling import fractional_max_pool2d, stochastic_pool2d
+from handbook_src.functional.random_pooling import fractional_max_pool2d, read_ratio, stochastic_pool2d
 
 
 class _Windowed(nn.Module):
@@ -420,6 +420,14 @@ class StochasticPool2d(_Windowed):
     ) -> None:
         super().__init__()
         self._read(kernel_size, stride, padding)
+        pairs = zip(as_tuple("", "", padding, 2, least=0), as_tuple("", "", kernel_size, 2), strict=True)
+        if any(2 * p > k for p, k in pairs):
+            raise ConfigError(
+                "StochasticPool2d padding",
+                got=padding,
+                want=f"at most half of {kernel_size}",
+                remedy="Pad the input itself.",
+            )
         self.generator = generator
 
     def forward(self, input: Tensor) -> Tensor:
@@ -476,6 +484,10 @@ class FractionalMaxPool2d(nn.Module):
                 want="exactly one of them",
                 remedy="A size fixes the output's shape; a ratio follows the input's.",
             )
+        if output_size is not None:
+            as_tuple("FractionalMaxPool2d", "output_size", output_size, 2)
+        else:
+            read_ratio("FractionalMaxPool2d", output_ratio)
         self.kernel_size, self.output_size, self.output_ratio = kernel_size, output_size, output_ratio
         self.return_indices = return_indices
         self.register_buffer("_random_samples", _random_samples)

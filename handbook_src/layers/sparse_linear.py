@@ -95,7 +95,7 @@ class SparseLinear(nn.Module):
         return maths.masked("SparseLinear", self.weight, self.mask)
 
     def prune(self, amount: float) -> None:
-        """Remove the smallest weights until ``amount`` of all are gone; removed ones go first.
+        """Remove the smallest weights until ``amount`` of all are gone; what is removed never comes back.
 
         Raises:
             ConfigError: ``amount`` is not a share from 0 to 1.
@@ -136,8 +136,9 @@ class SparseLinear(nn.Module):
 class CSRLinear(nn.Module):
     r"""A fixed linear layer in compressed sparse rows: see :func:`handbook_src.functional.sparse_linear.csr_linear`.
 
-    Row pointers, column numbers and values are plain buffers, so that the layer copies, moves
-    and saves like any other.  ``torch.compile`` traces no sparse tensors: leave the layer out of a
+    Row pointers, column numbers and values are plain buffers, so that the layer copies and moves
+    like any other.  A state dict loads into a layer with as many stored weights.
+    ``torch.compile`` traces no sparse tensors: leave the layer out of a
     compiled model by ``torch.compiler.disable(layer)``.
 
     Args:

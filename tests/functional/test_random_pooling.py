@@ -93,7 +93,43 @@ def test_one_image_without_a_batch():
     assert torch.equal(*both)
 
 
+@pytest.mark.parity("fractional-max-pool")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_of_another_dtype_are_converted(backend):
+    x, u = draw(2, 3, 9, 9), torch.rand(2, 3, 2)
+    want = F.fractional_max_pool2d(x, 2, 5, _random_samples=u.double())
+    assert torch.equal(fractional_max_pool2d(x, 2, 5, _random_samples=u, backend=backend), want)
+    half = torch.rand(2, 3, 2).bfloat16()
+    wide = F.fractional_max_pool2d(x.bfloat16().float(), 2, 5, _random_samples=half.float())
+    found = fractional_max_pool2d(x.bfloat16(), 2, 5, _random_samples=half, backend="reference")
+    assert torch.equal(found.float(), wide)
+    for bad in (torch.ones(2, 3, 2, dtype=torch.int64), torch.rand(2, 3, 2, device="meta")):
+        with refuses(ShapeError, "_random_samples", bad.dtype, bad.device):
+            fractional_max_pool2d(x, 2, 5, _random_samples=bad, backend=backend)
+
+
 # ---------------------------------------------------------------- law
+@pytest.mark.law("stochastic-pool")
+@pytest.mark.parametrize("scale", [1e-25, 1e-38, 1e25, 3e38])
+def test_the_scale_of_a_window_does_not_matter(scale, generator):
+    x = torch.full((1, 1, 2, 2), scale)
+    for training in (True, False):
+        y = stochastic_pool2d(x, 2, training=training, generator=generator)
+        if scale < 1e38 or training:
+            torch.testing.assert_close(y, x[..., :1, :1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.law("stochastic-pool")
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_is_never_swallowed_and_infinity_outweighs_the_rest(training, generator):
+    nan, inf = float("nan"), float("inf")
+    for window in ([1.0, 2.0, nan, 3.0], [nan, 1.0, 1.0, 1.0], [1.0, 1.0, inf, nan]):
+        x = torch.tensor(window).view(1, 1, 2, 2)
+        assert all(stochastic_pool2d(x, 2, training=training, generator=generator).isnan() for _ in range(5))
+    x = torch.tensor([1.0, inf, 2.0, 0.0]).view(1, 1, 2, 2)
+    assert all(stochastic_pool2d(x, 2, training=training, generator=generator) == inf for _ in range(5))
+
+
 @pytest.mark.law("stochastic-pool")
 def test_it_stays_between_mean_and_maximum_and_keeps_zero_windows(generator):
     x = draw(2, 3, 8, 8).relu()
@@ -192,7 +228,7 @@ def test_what_does_not_fit_is_refused(backend):
     for size, ratio in ((None, None), (4, 0.5)):
         with refuses(ConfigError, "exactly one"):
             fractional_max_pool2d(x, 2, size, ratio, backend=backend)
-    for ratio in (0.0, 1.0, -0.5, float("nan"), 2, (0.5, 0.5, 0.5), (0.5, 1.5)):
+    for ratio in (0.0, 1.0, -0.5, float("nan"), 2, (0.5, 0.5, 0.5), (0.5, 1.5), (0.5, None, 0.7)):
         with refuses(ConfigError, "output_ratio", repr(ratio)):
             fractional_max_pool2d(x, 2, output_ratio=ratio, backend=backend)
     for size in (0, -1, 1.5, (1, 2, 3)):

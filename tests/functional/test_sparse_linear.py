@@ -223,6 +223,22 @@ def test_torchs_beta_note_stays_here():
     assert not heard
 
 
+@pytest.mark.registration(ID)
+def test_csr_under_autocast_and_on_meta():
+    x, w = draw(2, 4).float(), draw(3, 4).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = csr_linear(x, to_csr(w))
+    torch.testing.assert_close(y, x @ w.T)
+    meta = torch.sparse_csr_tensor(
+        torch.zeros(4, dtype=torch.int32, device="meta"),
+        torch.zeros(0, dtype=torch.int32, device="meta"),
+        torch.zeros(0, device="meta"),
+        (3, 4),
+        check_invariants=False,
+    )
+    assert csr_linear(x.to("meta"), meta).shape == (2, 3)
+
+
 # ---------------------------------------------------------------- refusals
 @pytest.mark.refusal(ID)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -193,3 +193,13 @@ def test_refuses_tokens(backend):
     ]:
         with refuses(ShapeError, *values):
             layer(bad)
+
+
+@pytest.mark.refusal("embedding")
+def test_tokens_without_data_find_no_rows():
+    for layer, tokens in (
+        (Embedding(3, 2), torch.tensor([1], device="meta")),
+        (Embedding(3, 2, device="meta"), torch.tensor([1])),
+    ):
+        with refuses(ShapeError, "meta", "cpu"):
+            layer(tokens)

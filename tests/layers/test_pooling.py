@@ -85,6 +85,8 @@ def test_layers_copy_pickle_and_say_what_they_are():
         x = torch.rand(2, 3, *[8] * getattr(layer, "axes", 2))
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert repr(twin) == repr(layer)
+            if not isinstance(layer, layers.StochasticPool2d | layers.FractionalMaxPool2d):
+                torch.testing.assert_close(twin(x), layer(x), rtol=0, atol=0)
             assert type(twin(x)) is type(layer(x))
     assert repr(layers.MaxPool2d(3, 2)) == "MaxPool2d(kernel_size=3, stride=2, padding=0, dilation=1, ceil_mode=False)"
     assert repr(layers.GlobalPool("max")) == "GlobalPool('max', keepdim=False)"
@@ -116,5 +118,12 @@ def test_other_bad_choices():
         layers.FractionalMaxPool2d(2)
     with refuses(ConfigError, "kernel_size"):
         layers.FractionalMaxPool2d(0, output_size=2)
+    for ratio in (2.0, 0.0, (0.5, None, 0.7)):
+        with refuses(ConfigError, "FractionalMaxPool2d output_ratio", repr(ratio)):
+            layers.FractionalMaxPool2d(2, output_ratio=ratio)
+    with refuses(ConfigError, "FractionalMaxPool2d output_size", -1):
+        layers.FractionalMaxPool2d(2, output_size=-1)
+    with refuses(ConfigError, "StochasticPool2d padding", 5):
+        layers.StochasticPool2d(2, padding=5)
     with refuses(ShapeError, "(4, 4)"):
         layers.GlobalPool()(torch.rand(4, 4))
