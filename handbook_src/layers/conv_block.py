@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_features, check_floating, check_rank, check_size
+from handbook_src.functional.conv_input import check_alike
 
 Layer = Callable[..., nn.Module]
 
@@ -24,7 +25,7 @@ def check_image(name: str, x: Tensor, weight: Tensor, channels: int) -> None:
         channels: of the input.
 
     Raises:
-        ShapeError: wrong rank, channel count or dtype, or no pixels.
+        ShapeError: wrong rank, channel count, dtype or device, or no pixels.
     """
     check_floating(name, x)
     check_rank(name, x, (4,), "(batch, channels, height, width)")
@@ -36,13 +37,7 @@ def check_image(name: str, x: Tensor, weight: Tensor, channels: int) -> None:
             want="at least one pixel on each side",
             remedy="An earlier stride or pooling left nothing; use larger images or fewer of them.",
         )
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ShapeError(
-            f"{name} input dtype",
-            got=x.dtype,
-            want=f"{weight.dtype}, as the parameters have",
-            remedy="Convert one of them with .to(), or run under torch.autocast.",
-        )
+    check_alike(name, x, weight)
 
 
 def check_groups(name: str, groups: int, channels: int) -> None:
@@ -108,14 +103,22 @@ def normalisation(norm_layer: Layer, channels: int, device: Any = None, dtype: t
     return norm_layer(channels).to(device=device, dtype=dtype)
 
 
-def activation(act_layer: Layer) -> nn.Module:
+def activation(act_layer: Layer, *, in_place: bool = True) -> nn.Module:
     """Build ``act_layer()``.
+
+    Args:
+        act_layer: called without arguments.
+        in_place: false where its input is read again, which an activation in place would overwrite.
 
     Raises:
         ConfigError: ``act_layer`` is a module or not callable.
     """
     _check_layer("act_layer", act_layer, "nn.ReLU without parentheses")
-    return act_layer()
+    act = act_layer()
+    for part in act.modules():
+        if not in_place and getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
+    return act
 
 
 def _check_layer(what: str, layer: Any, remedy: str) -> None:

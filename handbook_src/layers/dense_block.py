@@ -37,7 +37,7 @@ class _DenseLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = dropout
-        self.act = activation(act_layer)
+        self.act = activation(act_layer, in_place=False)
         self.norm1 = normalisation(norm_layer, in_channels, **place)
         if bn_size is None:
             self.conv1 = convolution(in_channels, growth_rate, 3, norm_layer=norm_layer, **place)
@@ -75,7 +75,7 @@ class DenseBlock(nn.Module):
         bn_size: the bottleneck's width in growth rates; ``None`` for the plain layer of one 3 × 3 convolution.
         dropout: of single numbers, on what each layer adds.
         norm_layer: called with a number of channels; with ``nn.Identity`` the convolutions get biases.
-        act_layer: called without arguments.
+        act_layer: called without arguments; an ``inplace`` one is switched to copying.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -148,7 +148,7 @@ class Transition(nn.Module):
         in_channels: of the input.
         out_channels: of the output.
         norm_layer: called with a number of channels; with ``nn.Identity`` the convolution gets a bias.
-        act_layer: called without arguments.
+        act_layer: called without arguments; an ``inplace`` one is switched to copying.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -179,7 +179,7 @@ class Transition(nn.Module):
         super().__init__()
         check_sizes("Transition", in_channels=in_channels, out_channels=out_channels)
         self.norm = normalisation(norm_layer, in_channels, device, dtype)
-        self.act = activation(act_layer)
+        self.act = activation(act_layer, in_place=False)
         self.conv = convolution(in_channels, out_channels, 1, norm_layer=norm_layer, device=device, dtype=dtype)
         self.reset_parameters()
 

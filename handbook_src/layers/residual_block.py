@@ -48,7 +48,8 @@ class ResidualBlock(nn.Module):
         shortcut: ``projection`` is a strided 1 × 1 convolution (option B of 2015), ``pad`` subsamples and
             appends channels of zeros (option A, no parameters), ``none`` leaves the shortcut out, always:
             the plain network.
-        preactivation: norm and activation before each convolution, nothing after the sum.
+        preactivation: norm and activation before each convolution, nothing after the sum; an ``inplace``
+            activation is switched to copying, since the shortcut reads what it would overwrite.
         norm_layer: called with a number of channels; with ``nn.Identity`` the convolutions get biases.
         act_layer: called without arguments.
         device: of the parameters.
@@ -66,7 +67,7 @@ class ResidualBlock(nn.Module):
         ShapeError: wrong rank, channel count or dtype; no pixels; one value per channel in training.
 
     Source:
-        He et al. 2015, eq. 1 and 2, arXiv:1512.03385; He et al. 2016, eq. 5 and figure 4e, arXiv:1603.05027
+        He et al. 2015, eq. 1 and 2, arXiv:1512.03385; He et al. 2016, figure 4e, arXiv:1603.05027
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ResidualBlock(nn.Module):
         self.bn1 = normalisation(norm_layer, in_channels if preactivation else out_channels, **place)
         self.conv2 = convolution(out_channels, out_channels, 3, norm_layer=norm_layer, **place)
         self.bn2 = normalisation(norm_layer, out_channels, **place)
-        self.act = activation(act_layer)
+        self.act = activation(act_layer, in_place=not preactivation)
         self.downsample: nn.Sequential | None = None
         if shortcut == "projection" and (stride != 1 or in_channels != out_channels):
             self.downsample = _projection(

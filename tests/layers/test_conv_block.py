@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -171,3 +172,31 @@ def test_gradients_of_gradients(kind, images):
 @every
 def test_repr_names_the_parts(kind):
     assert "4" in repr(build(kind))
+
+
+@pytest.mark.refusal(*IDS)
+@every
+def test_refuses_another_device(kind):
+    with refuses(ShapeError, kind.__name__, "device", "meta", "cpu"):
+        build(kind)(torch.ones(2, 4, 6, 6, device="meta"))
+    with refuses(ShapeError, kind.__name__, torch.float64, torch.float32):
+        build(kind).to("meta")(torch.ones(2, 4, 6, 6, device="meta", dtype=torch.float64))
+
+
+@pytest.mark.law("residual-block", "bottleneck-block", "inverted-residual", "dense-block")
+@pytest.mark.parametrize("options", [{}, {"preactivation": True}, {"preactivation": True, "shortcut": "none"}])
+@pytest.mark.parametrize("kind", NORMED)
+def test_an_activation_in_place_overwrites_nothing_that_is_read_again(kind, options, images):
+    if options and kind is not ResidualBlock:
+        pytest.skip("pre-activation is an option of ResidualBlock alone")
+    sizes = (4, 4) if kind in (ResidualBlock, Bottleneck, InvertedResidual) else BLOCKS[kind]
+    block, twin = (
+        kind(*sizes, norm_layer=nn.Identity, act_layer=partial(nn.ReLU, inplace=inplace), **options)
+        for inplace in (False, True)
+    )
+    twin.load_state_dict(block.state_dict())
+    x = images(2, 4, 6, 5, dtype=torch.float32)
+    given = x.clone()
+    torch.testing.assert_close(twin(x), block(given))
+    assert torch.equal(x, given)
+    twin(x.requires_grad_()).sum().backward()  # a leaf cannot be written to
