@@ -148,7 +148,8 @@ def alibi_bias(
     .. math:: B_{hts} = -m_h\, |t - s|
 
     Without ``causal`` it is symmetric, as encoders use it; with ``causal`` later keys get
-    :math:`-\infty` and the bias needs no mask beside it.
+    :math:`-\infty` and the bias needs no mask beside it. Half-precision slopes are multiplied in float32
+    and the product is rounded once: a distance above 256 is no bfloat16.
 
     Args:
         slopes: one a head, from :func:`alibi_slopes`.
@@ -168,7 +169,8 @@ def alibi_bias(
     check_floating("alibi_bias", slopes)
     s, offset = _keys_and_offset("alibi_bias", t, s, offset)
     distance = _distances(t, s, offset, slopes.device)
-    bias = -slopes[:, None] * distance.abs().to(slopes.dtype)
+    wide = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
+    bias = (-wide[:, None] * distance.abs()).to(slopes.dtype)
     return _along_diagonals(bias.masked_fill(distance > 0, -math.inf) if causal else bias, t, s)
 
 
@@ -208,6 +210,7 @@ def t5_bucket(
     _check_integers("t5_bucket", relative_position)
     count = num_buckets // 2 if bidirectional else num_buckets
     exact = count // 2
+    relative_position = relative_position.long()  # int8 holds neither the bucket of a far one nor the size of -128
     n = relative_position.abs() if bidirectional else (-relative_position).clamp_min(0)
     octave = (n.clamp_min(1).float() / exact).log() / math.log(max_distance / exact)
     far = (exact + (octave * (count - exact)).to(n.dtype)).clamp_max(count - 1)

@@ -218,7 +218,10 @@ class ALiBi(FixedTable):
 
     def forward(self, t: int, s: int | None = None, *, offset: int | None = None) -> Float[Tensor, "1 h t s"]:
         """Return the bias of ``t`` queries, the last of ``s`` positions, on all of them."""
-        return alibi_bias(self.slopes, t, s, offset=offset, causal=self.causal)
+        slopes = self.slopes
+        if slopes.dtype.itemsize == 2:  # .half() has rounded them; the product is to be rounded, once
+            slopes = alibi_slopes(self.heads, device=slopes.device)
+        return alibi_bias(slopes, t, s, offset=offset, causal=self.causal).to(self.slopes.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.heads}, causal={self.causal}"
@@ -231,7 +234,8 @@ class T5RelativePositionBias(nn.Module):
     .. math:: B_{hts} = W_{\operatorname{bucket}(s - t),\, h}
 
     Returns :func:`handbook_src.functional.position.t5_relative_bias` for attention's ``mask``.  T5 shares one
-    such table among all layers and does not divide the scores by :math:`\sqrt e`.
+    such table among all layers and does not divide the scores by :math:`\sqrt e`.  The table starts at zero;
+    the published code draws it with deviation ``factor * d_model ** -0.5``, from a size not known here.
 
     Args:
         heads: number of heads.
@@ -275,7 +279,10 @@ class T5RelativePositionBias(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start at zero: all distances alike until training tells them apart."""
+        """Start at zero: all distances alike until training tells them apart.
+
+        The published code draws a normal of deviation ``factor * d_model ** -0.5``; the table has no ``d_model``.
+        """
         nn.init.zeros_(self.weight)
 
     def forward(self, t: int, s: int | None = None, *, offset: int | None = None) -> Float[Tensor, "1 h t s"]:

@@ -204,6 +204,13 @@ def test_symmetric_alibi_is_symmetric_and_causal_alibi_replaces_the_mask():
     )
 
 
+@pytest.mark.law("alibi")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_alibi_in_half_precision_is_rounded_once(dtype):
+    exact = alibi_bias(alibi_slopes(8, dtype=torch.float64), 1, 600)
+    assert torch.equal(alibi_bias(alibi_slopes(8, dtype=dtype), 1, 600), exact.to(dtype))
+
+
 @pytest.mark.refusal("alibi")
 def test_alibi_refuses():
     for heads in (0, -2, 1.5, True):
@@ -310,6 +317,16 @@ def test_the_bias_is_linear_in_the_weight_and_twice_differentiable():
 def test_buckets_that_cannot_be_are_refused(bidirectional, buckets, distance, value):
     with refuses(ConfigError, "t5_bucket", value):
         t5_bucket(torch.arange(3), bidirectional=bidirectional, num_buckets=buckets, max_distance=distance)
+
+
+@pytest.mark.law("t5-relative-bias")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("buckets", [32, 512])
+def test_buckets_do_not_depend_on_the_integer(dtype, bidirectional, buckets):
+    distance = torch.arange(-128, 128)
+    options = {"bidirectional": bidirectional, "num_buckets": buckets, "max_distance": 800}
+    assert torch.equal(t5_bucket(distance.to(dtype), **options), t5_bucket(distance, **options))
 
 
 @pytest.mark.refusal("t5-relative-bias")

@@ -275,3 +275,13 @@ def test_t5_layer_refuses():
     ):
         with refuses(ConfigError, value):
             T5RelativePositionBias(2, **options)
+
+
+@pytest.mark.law("alibi")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [8, 12])
+def test_alibi_in_half_precision_is_the_exact_bias_rounded(dtype, heads):
+    exact = ALiBi(heads).double()(1, 1000).to(dtype)
+    got = ALiBi(heads).to(dtype)(1, 1000)
+    assert got.dtype == dtype
+    assert (got != exact).double().mean() < 1e-3  # ties aside
