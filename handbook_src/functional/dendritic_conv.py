@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import as_tuple, check_features, check_floating, check_rank, check_size
+from handbook_src.functional.check import as_tuple, check_floating, check_rank, check_size
 from handbook_src.functional.conv import conv4d
+from handbook_src.functional.conv_input import check_alike
 
 
 class Incidence(NamedTuple):
@@ -41,6 +43,10 @@ class Incidence(NamedTuple):
         Raises:
             ShapeError: it is no matrix, or holds something else.
         """
+        if not isinstance(matrix, Tensor):
+            matrix = torch.as_tensor(matrix)
+        if matrix.is_meta:
+            raise ShapeError("Incidence matrix", got="a matrix on meta", want="numbers", remedy="Build it on the CPU.")
         if matrix.ndim != 2 or not bool(((matrix == 0) | (matrix == 1)).all()):
             raise ShapeError(
                 "Incidence matrix",
@@ -77,7 +83,8 @@ def dendritic_conv4d(
         activation: what a branch does to its sum.
 
     Raises:
-        ConfigError: a kernel that is even, or dilations that are not one size for each branch.
+        ConfigError: a kernel that is even, dilations that are not one size for each branch, or an
+            ``activation`` that cannot be called.
         ShapeError: rank, channels or dtypes that do not fit.
 
     Source:
@@ -89,29 +96,26 @@ def dendritic_conv4d(
     check_rank(op, input, (6,), "(batch, channels, t, depth, height, width)")
     check_rank(f"{op} weight,", weight, (7,), "(branches, out, channels, kt, kd, kh, kw)")
     check_floating(op, input, weight, soma, branch_bias, bias)
+    check_alike(op, input, weight, soma, branch_bias, bias)
+    if not callable(activation):
+        raise ConfigError(f"{op} activation", got=repr(activation), want="a function", remedy="Pass torch.relu.")
     for size in weight.shape[3:]:
         check_odd(op, size)
-    steps = as_tuple(op, "dilations", tuple(dilations), len(weight))
-    for name, parameter in (("soma", soma), ("branch_bias", branch_bias)):
-        if parameter is not None and parameter.shape != weight.shape[:2]:
-            raise ShapeError(
-                f"{op} {name}",
-                got=tuple(parameter.shape),
-                want=f"{tuple(weight.shape[:2])}: one for each branch and output channel",
-                remedy="Build it with the weight's first two sizes.",
-            )
+    if not isinstance(dilations, Sequence) or not len(dilations) == len(weight) > 0:
+        want = f"one for each of {len(weight)} branches, at least one"
+        raise ConfigError(f"{op} dilations", got=repr(dilations), want=want, remedy="Pass (1, 2) for two branches.")
+    steps = as_tuple(op, "dilations", dilations, len(weight))
+    _check_shape(op, "soma", soma, weight.shape[:2])
+    _check_shape(op, "branch_bias", branch_bias, weight.shape[:2])
+    _check_shape(op, "bias", bias, weight.shape[1:2])
     total = None
     for i, dilation in enumerate(steps):
         shift = None if branch_bias is None else branch_bias[i]
         branch = activation(conv4d(input, weight[i], shift, padding="same", dilation=dilation))
         branch = branch * soma[i].view(-1, 1, 1, 1, 1)
         total = branch if total is None else total + branch
-    if total is None:
-        raise ConfigError(f"{op} branches", got=0, want="at least 1", remedy="Give the soma something to sum.")
-    if bias is None:
-        return total
-    check_features(op, bias, weight.shape[1], name="bias")
-    return total + bias.view(-1, 1, 1, 1, 1)
+    assert total is not None  # there is a branch
+    return total if bias is None else total + bias.view(-1, 1, 1, 1, 1)
 
 
 def hyperedge_messages(
@@ -138,7 +142,8 @@ def hyperedge_messages(
         step: how much of the message is added, :math:`\alpha`.
 
     Raises:
-        ShapeError: rank, positions, channels or dtypes that do not fit.
+        ConfigError: a ``step`` that is no number.
+        ShapeError: rank, positions, channels, dtypes or memberships that do not fit.
 
     Source:
         described in the handbook's source documents without a reference; after Feng et al. 2019, eq. 11,
@@ -146,6 +151,8 @@ def hyperedge_messages(
     """
     op = "hyperedge_messages"
     check_floating(op, x, weight, bias)
+    check_alike(op, x, weight, bias)
+    _check_incidence(op, incidence, x.device)
     positions = math.prod(x.shape[2:])
     if x.ndim < 3 or positions != incidence.positions:
         raise ShapeError(
@@ -154,10 +161,13 @@ def hyperedge_messages(
             want=f"(batch, channels, *spatial) with {incidence.positions} positions",
             remedy="Build the hyperedges for this size, for instance by grid_hyperedges(x.shape[2:]).",
         )
-    channels = x.shape[1]
-    check_features(op, weight, channels, name="weight")
-    if weight.shape != (channels, channels):
-        raise ShapeError(f"{op} weight", got=tuple(weight.shape), want=f"{(channels, channels)}", remedy="Square it.")
+    _check_shape(op, "weight", weight, (x.shape[1],) * 2)
+    _check_shape(op, "bias", bias, (x.shape[1],))
+    if isinstance(step, Tensor):
+        check_floating(f"{op} step", step)
+        _check_shape(op, "step", step, ())
+    elif not isinstance(step, Real) or not math.isfinite(step):
+        raise ConfigError(f"{op} step", got=repr(step), want="a finite number", remedy="Pass 1.0.")
     rows = x.flatten(2).movedim(2, 0)  # positions b channels
     pooled = _mean(rows, incidence.position, incidence.edge, incidence.edges)
     message = torch.nn.functional.linear(pooled, weight, bias).relu()
@@ -186,8 +196,8 @@ def grid_hyperedges(
     Source:
         "temporal groups" of the handbook's source documents; the choice of sets is ours
     """
-    if len(size) < 2:
-        raise ConfigError("grid_hyperedges size", got=tuple(size), want="time and space", remedy="Pass x.shape[2:].")
+    if not isinstance(size, Sequence) or len(size) < 2:
+        raise ConfigError("grid_hyperedges size", got=repr(size), want="time and space", remedy="Pass x.shape[2:].")
     for n in size:
         check_size("grid_hyperedges", "size", n)
     axes = torch.meshgrid(*(torch.arange(n, device=device) for n in size), indexing="ij")
@@ -228,6 +238,31 @@ def check_odd(op: str, kernel_size: int) -> None:
             want="an odd number, so that branches of every dilation share one centre",
             remedy=f"Pass {kernel_size + 1}.",
         )
+
+
+def _check_shape(op: str, name: str, x: Tensor | None, shape: Sequence[int]) -> None:
+    if x is not None and tuple(x.shape) != tuple(shape):
+        remedy = "Sizes follow from the branches, output channels or features."
+        raise ShapeError(f"{op} {name}", got=tuple(x.shape), want=f"{tuple(shape)}", remedy=remedy)
+
+
+def _check_incidence(op: str, incidence: Incidence, device: torch.device) -> None:
+    """Refuse what is no :class:`Incidence`, and memberships outside it; under torch.compile nothing is looked at."""
+    if not isinstance(incidence, Incidence):
+        got, remedy = type(incidence).__name__, "Read a matrix by Incidence.of(matrix)."
+        raise ShapeError(f"{op} incidence", got=got, want="an Incidence", remedy=remedy)
+    for name, at, count in (
+        ("position", incidence.position, incidence.positions),
+        ("edge", incidence.edge, incidence.edges),
+    ):
+        got = f"{tuple(at.shape)} of {at.dtype} on {at.device}"
+        fits = at.dtype == torch.int64 and at.device == device and at.shape == (len(incidence.edge),)
+        if fits and at.numel() and not at.is_meta and not torch.compiler.is_compiling():
+            low, high = (int(t) for t in at.aminmax())
+            got, fits = f"indices from {low} to {high}", 0 <= low <= high < count
+        if not fits:
+            want = f"as many indices of {torch.int64} as memberships, from 0 to {count - 1}, on {device}"
+            raise ShapeError(f"{op} incidence.{name}", got=got, want=want, remedy="Build it by Incidence.of.")
 
 
 def _mean(x: Tensor, source: Tensor, target: Tensor, targets: int) -> Tensor:

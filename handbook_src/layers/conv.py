@@ -17,7 +17,7 @@ from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError
 from handbook_src.functional import conv as maths
 from handbook_src.functional.check import as_tuple, check_features, check_size
-from handbook_src.functional.conv_input import read_geometry
+from handbook_src.functional.conv_input import check_conv, read_geometry
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 MODES = ("zeros", "reflect", "replicate", "circular")
@@ -106,7 +106,8 @@ class _Conv(Kernels):
 
     def forward(self, input: Tensor) -> Tensor:
         padding: Any = self.padding
-        if self.padding_mode != "zeros" and input.ndim in (self.axes + 1, self.axes + 2):
+        if self.padding_mode != "zeros":
+            check_conv(type(self).__name__, self.axes, input, self.weight, self.bias, self.groups)
             input, padding = maths.pad_borders(input, self._geometry, self.padding_mode), 0
         rest = (self.stride, padding, self.dilation, self.groups)
         return type(self).run(input, self.weight, self.bias, *rest, backend=self.backend)
@@ -277,7 +278,8 @@ class DepthwiseSeparableConv2d(nn.Module):
         out_channels: channels of the output.
         kernel_size: taps of the depthwise step along height and width.
         stride: of the depthwise step.
-        padding: zeros at both ends of both axes; ``"same"`` or ``"valid"``.
+        padding: zeros at both ends of both axes; ``"same"`` or ``"valid"``. There is no ``dilation``: the
+            limit on a constructor's arguments leaves no room; the function has it.
         multiplier: depthwise filters for each input channel.
         bias: learn a shift for each output channel.
         device: of the parameters.

@@ -74,12 +74,12 @@ class DendriticHypergraphConv4d(nn.Module):
         self.kernel_size = as_tuple(op, "kernel_size", kernel_size, 4)
         for size in self.kernel_size:
             maths.check_odd(op, size)
-        if len(dilations) == 0:
-            raise ConfigError(f"{op} dilations", got=dilations, want="one for each branch", remedy="Pass (1,).")
+        if not isinstance(dilations, Sequence) or len(dilations) == 0:
+            raise ConfigError(f"{op} dilations", got=repr(dilations), want="one for each branch", remedy="Pass (1,).")
         self.dilations = as_tuple(op, "dilations", tuple(dilations), len(dilations))
         if window is not None:
             check_size(op, "window", window)
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ConfigError(
                 f"{op} activation", got=repr(activation), want=f"one of {[*ACTIVATIONS]}", remedy="Choose one."
             )

@@ -439,3 +439,16 @@ def test_output_size_refuses_what_is_no_size(name, value):
     arguments = {"size": 8, "kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1, name: value}
     with refuses(ConfigError, repr(value)):
         output_size(**arguments)
+
+
+@pytest.mark.refusal(*IDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_one_backend_could_not_answer_both_refuse(backend):
+    x, w = draw(1, 2, 5), draw(4, 2, 3)
+    for given in ((x, w.float(), None), (x.float(), w.float(), draw(4)), (x.float(), w, None)):
+        with torch.autocast("cpu", dtype=torch.bfloat16), refuses(ShapeError, torch.float64, torch.float32):
+            conv1d(*given, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv1d(x, w, backend=backend).dtype == torch.float64
+    with refuses(ShapeError, (1, 0, 5), "at least 1"):
+        conv1d(x[:, :0], w[:, :0], backend=backend)

@@ -222,6 +222,10 @@ def test_refuses_branches_that_do_not_fit():
         ([x, weight, soma, branch_bias, bias[:2]], "bias"),
         ([x.long(), weight, soma], "torch.int64"),
         ([x.float(), weight, soma], "torch.float32"),
+        ([x, weight, soma.float()], "torch.float32"),
+        ([x, weight, soma, branch_bias.float()], "torch.float32"),
+        ([x, weight, soma, None, bias.float()], "torch.float32"),
+        ([x, weight, soma, None, draw(3, 2)], (3, 2)),
     ):
         with refuses(ShapeError, said):
             dendritic_conv4d(*arguments)
@@ -229,7 +233,10 @@ def test_refuses_branches_that_do_not_fit():
         dendritic_conv4d(x, weight[..., :2, :], soma)
     with refuses(ConfigError, "kernel_size", 0):
         dendritic_conv4d(x, weight[..., :0, :], soma)
-    for dilations in ((1, 2, 3), (0, 1), (1, 1.5), (True, 1)):
+    for activation in ("relu", None):
+        with refuses(ConfigError, "activation", repr(activation)):
+            dendritic_conv4d(x, weight, soma, activation=activation)
+    for dilations in ((1, 2, 3), (0, 1), (1, 1.5), (True, 1), 2, (1,), None):
         with refuses(ConfigError, "dilations"):
             dendritic_conv4d(x, weight, soma, dilations=dilations)
     with refuses(ConfigError, "branches", 0):
@@ -245,9 +252,26 @@ def test_refuses_hyperedges_that_do_not_fit():
         ([x, incidence, w[:, :2]], (3, 2)),
         ([x, incidence, w[:2]], (2, 3)),
         ([x.long(), incidence, w], "torch.int64"),
+        ([x, incidence, w.float()], "torch.float32"),
+        ([x, incidence, w, draw(3).float()], "torch.float32"),
+        ([x, incidence, w, draw(1)], "bias"),
+        ([x, incidence, w, None, draw(4)], "step"),
+        ([x, incidence, w, None, torch.tensor(1)], "step"),
+        ([x, torch.ones(12, 2), w], "Incidence.of"),
+        ([x, incidence._replace(position=incidence.position + 1), w], "1 to 12"),
+        ([x, incidence._replace(edge=incidence.edge - 1), w], "-1 to 0"),
+        ([x, incidence._replace(edge=incidence.edge[:3]), w], "incidence.position"),
+        ([x, incidence._replace(edge=incidence.edge.int()), w], "torch.int32"),
     ):
         with refuses(ShapeError, said):
             hyperedge_messages(*arguments)
+    for step in (float("nan"), "1", None):
+        with refuses(ConfigError, "step", repr(step)):
+            hyperedge_messages(x, incidence, w, step=step)
+    with refuses(ShapeError, "Incidence", "meta"):
+        Incidence.of(torch.ones(3, 3, device="meta"))
+    with refuses(ConfigError, "grid_hyperedges", 4):
+        grid_hyperedges(4)  # type: ignore[arg-type]
     for matrix in (torch.full((3, 2), 0.5), torch.ones(3), torch.tensor([[float("nan")]])):
         with refuses(ShapeError, "Incidence", tuple(matrix.shape)):
             Incidence.of(matrix)

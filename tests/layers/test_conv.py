@@ -345,3 +345,13 @@ def test_separable_weights_that_do_not_belong_together_are_refused():
         call(x, v, u, draw(5))
     with refuses(ShapeError, "axes"):
         call(x[0, 0], v, u)
+
+
+@pytest.mark.refusal("conv1d", "conv2d", "conv3d", "conv4d")
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_borders_are_continued_after_the_input_was_checked(mode):
+    layer = Conv2d(3, 4, 3, padding=1, padding_mode=mode)
+    with refuses(ShapeError, "torch.bool"):
+        layer(torch.ones(1, 3, 5, 5, dtype=torch.bool))
+    with refuses(ShapeError, "0 channels"):
+        layer(torch.ones(1, 0, 5, 5))

@@ -107,3 +107,11 @@ def test_refuses_settings_and_inputs():
     for bad, said in ((torch.ones(2, 3, 3, 3, 3), "5 axes"), (torch.ones(1, 3, 2, 2, 2, 2), "3 channels")):
         with refuses(ShapeError, said):
             layer(bad)
+
+
+@pytest.mark.refusal("dendritic-hypergraph-conv")
+def test_refuses_dilations_and_activations_of_another_type():
+    with refuses(ConfigError, "dilations", 2):
+        DendriticHypergraphConv4d(2, 2, 3, 2)  # type: ignore[arg-type]
+    with refuses(ConfigError, "activation", ["relu"]):
+        DendriticHypergraphConv4d(2, 2, activation=["relu"])  # type: ignore[arg-type]
