@@ -19,23 +19,32 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import as_tuple
-from handbook_src.functional.conv_input import Geometry, check_sizes, read_geometry, read_transposed_sizes
+from handbook_src.functional.conv_input import (
+    Geometry,
+    check_border,
+    check_sizes,
+    read_geometry,
+    read_transposed_sizes,
+)
+from handbook_src.metrics.receptive_field_walk import (
+    CONVOLUTIONS,
+    JOINS,
+    POINTWISE,
+    POOLS,
+    TRANSPOSED,
+    WHOLE,
+    kind_of,
+    known,
+    unknown,
+    walk,
+)
 
 Window = tuple[int, int] | None
-
-_LAYERS = """
-Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm
-FrozenBatchNorm2d ReLU ReLU6 LeakyReLU PReLU RReLU ELU CELU SELU GELU SiLU Mish Sigmoid LogSigmoid Tanh Softplus
-Softsign Hardtanh Hardswish Hardsigmoid Hardshrink Threshold
-"""
-#: Layers that leave every position where it is, by name: torch's and this package's alike.
-POINTWISE = frozenset(_LAYERS.split())
-POINTWISE_CALLS = {"relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "sigmoid", "tanh", "dropout", "clone"}
-MEETINGS = {"add", "iadd", "add_", "sub", "mul", "imul", "mul_", "cat", "concat"}
 
 
 @dataclass(frozen=True)
@@ -69,16 +78,19 @@ class _Axis:
 def receptive_field(module: nn.Module, input_shape: Sequence[int]) -> list[Field]:
     """Walk through ``module`` and return what each layer sees of the input; the last entry is the output.
 
-    Convolutions of torch and of this package, their transposes, pooling, nearest-neighbour upsampling,
-    batch norm (as in evaluation), activations, sums, products and concatenations are understood.
+    Convolutions of torch and of this package, their transposes, max, average and stochastic pooling,
+    nearest-neighbour upsampling, batch norm (as in evaluation), activations, sums, products and
+    concatenations of channels are understood; everything else is refused by name.
 
     Args:
         module: traced by ``torch.fx``: no branches that depend on values.
         input_shape: ``(channels, *spatial)``, without the batch.
 
     Raises:
-        ConfigError: a layer whose reach is not known here, or branches of different jump that meet.
-        ShapeError: a kernel longer than its padded input, or branches of different size that meet.
+        ConfigError: a layer or call whose reach is not known here, a forward that cannot be traced, or
+            branches of different jump that meet.
+        ShapeError: another number of spatial axes than a layer has, a kernel longer than its padded
+            input, or branches of different size that meet.
 
     Source:
         Araujo, Norris & Sim 2019, doi:10.23915/distill.00021; Dumoulin & Visin 2016, arXiv:1603.07285
@@ -88,64 +100,56 @@ def receptive_field(module: nn.Module, input_shape: Sequence[int]) -> list[Field
         >>> field.size, field.field
         ((13, 13), (7, 7))
     """
-    graph = _Leaves().trace(module)
-    spatial = as_tuple("receptive_field", "input_shape", input_shape, len(input_shape))[1:]
+    _, *spatial = _shape(input_shape)
     start = [_Axis(tuple((i, i) for i in range(n)), Fraction(1), Fraction(0), Fraction(0)) for n in spatial]
-    values: dict[fx.Node, list[_Axis]] = {}
-    found = []
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = start
-        elif node.op == "output":
-            found.append(_summary("output", values[_single(node.args[0])]))
-        elif node.op != "get_attr":
-            before = [values[n] for n in node.all_input_nodes if n in values]
-            values[node] = _after(module, node, before)
-            if values[node] is not before[0]:
-                found.append(_summary(str(node.target) if node.op == "call_module" else node.name, values[node]))
-    return found
+    return [_summary(name, axes) for name, axes in walk(module, start, _through, _met)]
 
 
 def gradient_support(module: nn.Module, input_shape: Sequence[int]) -> tuple[tuple[Window, ...], ...]:
     """Measure the windows of :class:`Field` of the output by differentiating it.
 
-    A copy of ``module`` runs in float64 with positive weights, no activations, and a sum in place of each
-    maximum, so that no path is cut and no two cancel: an input is seen where its gradient is not zero.
+    What runs is the network's skeleton, in float64: layers with equal positive weights and no biases, sums in
+    place of maxima, differences and products, and no activations, norms or dropout, called as layers or as
+    functions.  Every term is then positive, so no path is cut and no two cancel: an input is seen where
+    its gradient is not zero.  (A path of a few hundred layers can underflow.)
 
     Args:
         module: as for :func:`receptive_field`.
         input_shape: ``(channels, *spatial)``, without the batch.
+
+    Raises:
+        ConfigError: what :func:`receptive_field` refuses is refused here, too; and parametrised weights.
+        ShapeError: likewise; and another number of channels than a convolution takes.
     """
-    positive = _positive(module)
-    x = torch.ones(1, *input_shape, dtype=torch.float64, requires_grad=True)
-    y = positive(x)
-    windows = []
-    for axis in range(2, x.ndim):
-        rows = []
-        others = [i for i in range(y.ndim) if i != axis]
-        for total in y.sum(others):
-            (gradient,) = torch.autograd.grad(total, x, retain_graph=True, materialize_grads=True)
-            seen = gradient.sum([i for i in range(x.ndim) if i != axis]).nonzero().flatten().tolist()
-            rows.append((seen[0], seen[-1]) if seen else None)
-        windows.append(tuple(rows))
-    return tuple(windows)
+    receptive_field(module, input_shape)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(1, *_shape(input_shape), dtype=torch.float64, requires_grad=True)
+        *_, (_, y) = walk(module, x, _positive, _added)
+        return tuple(_support(y, x, axis) for axis in range(2, x.ndim))
 
 
-class _Leaves(fx.Tracer):
-    """Stops at layers with a kernel and at modules without parts; goes into everything else."""
+def _support(y: Tensor, x: Tensor, axis: int) -> tuple[Window, ...]:
+    rows: list[Window] = []
+    others = [i for i in range(x.ndim) if i != axis]
+    for total in y.sum(others):
+        (gradient,) = torch.autograd.grad(total, x, retain_graph=True, materialize_grads=True)
+        seen = gradient.sum(others).nonzero().flatten().tolist()
+        rows.append((seen[0], seen[-1]) if seen else None)
+    return tuple(rows)
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return hasattr(m, "kernel_size") or next(m.children(), None) is None
 
-
-def _single(output: Any) -> fx.Node:
-    if not isinstance(output, fx.Node):
+def _shape(input_shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(input_shape, Sequence) or len(input_shape) < 2:
         raise ConfigError(
-            "receptive_field output", got=f"{type(output).__name__}", want="one tensor", remedy="Return one of them."
+            "receptive_field input_shape",
+            got=repr(input_shape),
+            want="(channels, *spatial), at least two integers",
+            remedy="Leave out the batch: (3, 32, 32) for a colour picture.",
         )
-    return output
+    return as_tuple("receptive_field", "input_shape", input_shape, len(input_shape))
 
 
+# ---------------------------------------------------------------- computing
 def _summary(name: str, axes: list[_Axis]) -> Field:
     return Field(
         name=name,
@@ -157,35 +161,24 @@ def _summary(name: str, axes: list[_Axis]) -> Field:
     )
 
 
-def _after(root: nn.Module, node: fx.Node, before: list[list[_Axis]]) -> list[_Axis]:
-    """Return what the value of ``node`` sees."""
-    if node.op == "call_module":
-        layer = root.get_submodule(str(node.target))
-        return _through(str(node.target), layer, before[0])
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name in POINTWISE_CALLS:
-        return before[0]
-    if name in MEETINGS:
-        merged = before[0]
-        for other in before[1:]:
-            merged = [_meet(node.name, a, b) for a, b in zip(merged, other, strict=True)]
-        return merged
-    raise _unknown(f"the call {name}")
+def _met(name: str, before: list[list[_Axis]]) -> list[_Axis]:
+    merged = before[0]
+    for other in before[1:]:
+        merged = [_meet(name, a, b) for a, b in zip(merged, other, strict=True)]
+    return merged
 
 
 def _through(name: str, layer: nn.Module, axes: list[_Axis]) -> list[_Axis]:
-    kind = type(layer).__name__
+    kind = known(name, layer, len(axes))
     if kind in POINTWISE:
         return axes
     if kind == "Upsample":
         return _upsampled(layer, axes)
-    if kind.startswith("Adaptive") and set(_tuple(layer.output_size, len(axes))) == {1}:
+    if kind in WHOLE:
         return [_whole(a) for a in axes]
-    if not hasattr(layer, "kernel_size"):
-        raise _unknown(f"{kind} at {name!r}")
     geometry, kernel = _geometry(name, layer, len(axes))
     sizes = [len(a.windows) for a in axes]
-    if getattr(layer, "transposed", False):
+    if kind in TRANSPOSED:
         extra = _tuple(layer.output_padding, len(axes))
         _, out = read_transposed_sizes(name, sizes, kernel, geometry, extra)
         return [
@@ -193,6 +186,7 @@ def _through(name: str, layer: nn.Module, axes: list[_Axis]) -> list[_Axis]:
         ]
     out = _sizes(name, sizes, kernel, geometry, bool(getattr(layer, "ceil_mode", False)))
     mode = str(getattr(layer, "padding_mode", "zeros"))
+    check_border(sizes, geometry, mode)
     rows = zip(axes, out, kernel, *geometry[:3], strict=True)
     return [_gathered(a, n, k, s, p[0], d, mode) for a, n, k, s, p, d in rows]
 
@@ -201,7 +195,17 @@ def _geometry(name: str, layer: Any, axes: int) -> tuple[Geometry, tuple[int, ..
     kernel = _tuple(layer.kernel_size, axes)
     padding = layer.padding if isinstance(layer.padding, str) else _tuple(layer.padding, axes)
     dilation = _tuple(getattr(layer, "dilation", 1), axes)
-    return read_geometry(name, kernel, _tuple(layer.stride, axes), padding, dilation, 1), kernel
+    geometry = read_geometry(name, kernel, _tuple(layer.stride, axes), padding, dilation, 1)
+    if kind_of(layer) in POOLS:
+        for k, (before, _), d in zip(kernel, geometry.padding, geometry.dilation, strict=True):
+            if 2 * before > d * (k - 1) + 1:
+                raise ConfigError(
+                    f"{name} padding",
+                    got=before,
+                    want=f"at most half the window's span, {d * (k - 1) + 1}",
+                    remedy="Pad less: a window of a pool must hold an entry.",
+                )
+    return geometry, kernel
 
 
 def _tuple(value: Any, axes: int) -> tuple[int, ...]:
@@ -215,7 +219,12 @@ def _sizes(name: str, sizes: Sequence[int], kernel: Sequence[int], geometry: Geo
     out = []
     for n, k, s, (before, after), d in zip(sizes, kernel, *geometry[:3], strict=True):
         count = -(-(n + before + after - d * (k - 1) - 1) // s) + 1
-        out.append(count if (count - 1) * s < n + before else count - 1)
+        count -= (count - 1) * s >= n + before
+        if count < 1:
+            raise ShapeError(
+                f"{name} input", got=tuple(sizes), want="at least one window", remedy="Pad more, or pool less."
+            )
+        out.append(count)
     return tuple(out)
 
 
@@ -258,7 +267,7 @@ def _upsampled(layer: Any, axes: list[_Axis]) -> list[_Axis]:
     """Nearest-neighbour upsampling by a whole factor: each position is repeated."""
     factors = layer.scale_factor if isinstance(layer.scale_factor, tuple) else (layer.scale_factor,) * len(axes)
     if layer.mode != "nearest" or any(f is None or f != int(f) for f in factors):
-        raise _unknown(f"Upsample with mode {layer.mode!r} and scale_factor {layer.scale_factor}")
+        raise unknown(f"Upsample with mode {layer.mode!r} and scale_factor {layer.scale_factor}")
     grown = []
     for axis, factor in zip(axes, map(int, factors), strict=True):
         windows = tuple(axis.windows[j // factor] for j in range(len(axis.windows) * factor))
@@ -294,46 +303,53 @@ def _hull(windows: Iterable[Window]) -> Window:
     return (min(w[0] for w in known), max(w[1] for w in known)) if known else None
 
 
-def _unknown(what: str) -> ConfigError:
-    return ConfigError(
-        "receptive_field",
-        got=what,
-        want="convolutions, pooling, upsampling, batch norm, activations, sums and concatenations",
-        remedy="Measure the part before it.",
-    )
+# ---------------------------------------------------------------- measuring
+def _added(name: str, before: list[Tensor]) -> Tensor:
+    if name in JOINS:
+        return torch.cat(before, 1)
+    total = before[0]
+    for other in before[1:]:
+        total = total + other
+    return total
 
 
-class _Sum(nn.Module):
-    """Adds up each window, for a pooling layer's sizes."""
+def _positive(name: str, layer: Any, x: Tensor) -> Tensor:
+    """Run the skeleton of one layer: positive weights, no bias, a sum for a maximum or a draw."""
+    kind = kind_of(layer)
+    if kind in POINTWISE:
+        return x
+    if kind in POOLS:
+        return _window_sums(name, layer, x)
+    if kind in WHOLE:
+        return x.sum(list(range(2, x.ndim)), keepdim=True)
+    if kind in CONVOLUTIONS | TRANSPOSED and layer.in_channels != x.shape[1]:
+        raise ShapeError(
+            f"{name} input",
+            got=f"{x.shape[1]} channels",
+            want=f"{layer.in_channels}",
+            remedy="The first entry of input_shape counts the network's input channels.",
+        )
+    if parametrize.is_parametrized(layer):  # its copies share a class, which removing would change for all
+        raise ConfigError(
+            f"gradient_support at {name!r}",
+            got=f"a {kind} with parametrised weights",
+            want="plain weights, to set them",
+            remedy="Build the network without the parametrisation, or call receptive_field alone.",
+        )
+    copied = copy.deepcopy(layer).to_empty(device="cpu").double()
+    for p in copied.parameters():
+        p.data.fill_(1.0 / p[0].numel() if p.ndim > 1 else 0.0)
+    return copied(x)
 
-    def __init__(self, pool: Any) -> None:
-        super().__init__()
-        self.pool = pool
 
-    def forward(self, x: Tensor) -> Tensor:
-        axes = x.ndim - 2
-        geometry, kernel = _geometry("pool", self.pool, axes)
-        out = _sizes("pool", x.shape[2:], kernel, geometry, self.pool.ceil_mode)
-        flat: list[int] = []
-        for n, o, k, s, (before, after), d in zip(x.shape[2:], out, kernel, *geometry[:3], strict=True):
-            hangs = (o - 1) * s + d * (k - 1) + 1 - n - before
-            flat = [before, max(after, hangs), *flat]
-        run = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[axes - 1]
-        weight = x.new_ones(x.shape[1], 1, *kernel)
-        x = nn.functional.pad(x, flat)
-        return run(x, weight, None, geometry.stride, 0, geometry.dilation, x.shape[1])
-
-
-def _positive(module: nn.Module) -> nn.Module:
-    """A copy in float64 with equal positive weights, no activations, and sums for poolings."""
-    copied = nn.Sequential(copy.deepcopy(module).double().eval())
-    for name, part in list(copied.named_modules()):
-        if next(part.children(), None) is not None:
-            continue
-        if type(part).__name__ in POINTWISE:
-            copied.set_submodule(name, nn.Identity())
-        elif "Pool" in type(part).__name__ and hasattr(part, "kernel_size"):
-            copied.set_submodule(name, _Sum(part))
-        for weight in part.parameters(recurse=False):
-            weight.data.fill_(1.0 / max(weight.shape[-2:].numel(), 1) if weight.ndim > 1 else 0.0)
-    return copied
+def _window_sums(name: str, pool: Any, x: Tensor) -> Tensor:
+    axes = x.ndim - 2
+    geometry, kernel = _geometry(name, pool, axes)
+    out = _sizes(name, x.shape[2:], kernel, geometry, bool(getattr(pool, "ceil_mode", False)))
+    flat: list[int] = []
+    for n, o, k, s, (before, after), d in zip(x.shape[2:], out, kernel, *geometry[:3], strict=True):
+        hangs = (o - 1) * s + d * (k - 1) + 1 - n - before
+        flat = [before, max(after, hangs), *flat]
+    run = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[axes - 1]
+    weight = x.new_ones(x.shape[1], 1, *kernel)
+    return run(nn.functional.pad(x, flat), weight, None, geometry.stride, 0, geometry.dilation, x.shape[1])

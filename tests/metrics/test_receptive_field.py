@@ -13,7 +13,9 @@ from torch import nn
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.conv import output_size
 from handbook_src.layers import conv as ours
+from handbook_src.layers import pooling
 from handbook_src.layers.conv_transpose import ConvTranspose1d, ConvTranspose2d
+from handbook_src.layers.deformable_conv import DeformConv2d
 from handbook_src.metrics.receptive_field import gradient_support, receptive_field
 from handbook_src.testing import oracle, refuses
 
@@ -152,7 +154,200 @@ def test_resnets_stem_and_blocks():
     assert pooled.windows[0] == ((0, 223),)
 
 
+class Then(nn.Module):
+    """A function behind a layer."""
+
+    def __init__(self, layer: nn.Module, run) -> None:
+        super().__init__()
+        self.layer, self.run = layer, run
+        self.scale = nn.Parameter(-torch.ones(1, 1, 1))
+
+    def forward(self, x):
+        return self.run(self, self.layer(x))
+
+
+def wide(channels: int = 64) -> nn.Module:
+    return nn.Sequential(nn.Conv1d(1, channels, 3, padding=1), nn.Conv1d(channels, 1, 3, padding=1))
+
+
+@pytest.mark.law("conv1d")
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, y: torch.tanh(100 * y),
+        lambda m, y: torch.sigmoid(y * -1000.0),
+        lambda m, y: nn.functional.dropout(y, 0.99),
+        lambda m, y: y * m.scale + y,
+        lambda m, y: m.layer(y) - m.layer(y),
+        lambda m, y: y - y,
+        lambda m, y: y * y,
+        lambda m, y: torch.cat(tensors=[y, y], dim=-2),
+    ],
+    ids=["tanh", "sigmoid", "dropout", "scale", "difference", "nothing", "product", "twice"],
+)
+def test_no_path_is_cut_and_none_cancels_in_the_measured_windows(run):
+    torch.manual_seed(0)
+    assert proved(Then(wide(), run), 1, 6).field[0] >= 5
+
+
+@pytest.mark.law("conv2d", "transposed-conv")
+@pytest.mark.parametrize(
+    ("layer", "field"),
+    [
+        (nn.Conv2d(2, 2, 3), 3),
+        (ours.Conv2d(2, 2, 3), 3),
+        (nn.ConvTranspose2d(2, 2, 3), 3),
+        (ConvTranspose2d(2, 2, 3), 3),
+        (nn.BatchNorm2d(2).eval(), 1),
+        (nn.ReLU(), 1),
+        (nn.Upsample(scale_factor=2), 1),
+        (pooling.MaxPool2d(2), 2),
+        (pooling.StochasticPool2d(2), 2),
+        (pooling.GlobalPool(keepdim=True), 8),
+        (pooling.AdaptiveAvgPool2d(1), 8),
+        (nn.AdaptiveMaxPool2d((1, 1)), 8),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_layer_alone_is_a_network_too(layer, field):
+    assert proved(layer, 2, 8, 8).field == (field, field)
+    assert receptive_field(layer, (2, 8, 8)) == receptive_field(layer, [2, 8, 8])
+
+
+@pytest.mark.law("conv2d")
+def test_a_parametrised_weight_leaves_the_field_alone_and_cannot_be_measured():
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3))
+    for module in (layer, nn.Sequential(layer)):
+        assert receptive_field(module, (2, 8, 8))[-1].field == (3, 3)
+        with refuses(ConfigError, "parametrised", "Conv2d"):
+            gradient_support(module, (2, 8, 8))
+    assert layer(torch.zeros(1, 2, 8, 8)).shape == (1, 2, 6, 6)
+
+
 # ---------------------------------------------------------------- refusals
+@pytest.mark.refusal("conv2d")
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.MaxUnpool2d(2),
+        nn.Unfold(3),
+        nn.Fold((4, 4), 2),
+        nn.LPPool2d(2, 3),
+        nn.FractionalMaxPool2d(2, 3),
+        pooling.FractionalMaxPool2d(2, 3),
+        DeformConv2d(1, 1, 3),
+        nn.LazyConv2d(1, 3),
+        pooling.GlobalPool(),
+        nn.MaxPool2d(2, return_indices=True),
+        nn.AdaptiveAvgPool2d((None, 1)),
+        nn.Softmax2d(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+@pytest.mark.parametrize("call", [receptive_field, gradient_support])
+def test_a_layer_that_is_not_known_is_refused_by_name(layer, call):
+    for module in (layer, nn.Sequential(nn.Identity(), layer)):
+        with refuses(ConfigError, type(layer).__name__):
+            call(module, (1, 8, 8))
+
+
+@pytest.mark.refusal("conv2d")
+def test_a_class_that_only_has_a_known_name_is_refused():
+    class Conv2d(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x[:, :, ::2])
+
+    for module in (Conv2d(1, 1, 3), oracle.load("torchvision").ops.DeformConv2d(1, 1, 3)):
+        with refuses(ConfigError, type(module).__name__):
+            receptive_field(nn.Sequential(module), (1, 8, 8))
+
+
+class Call(nn.Module):
+    """A forward given as a function."""
+
+    def __init__(self, run) -> None:
+        super().__init__()
+        self.run = run
+        self.up = nn.ConvTranspose1d(1, 1, 3, 2)
+        self.table, self.scale = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def added_in_place(m, x):
+    y = m.up(x)
+    y.add_(y)
+    return y
+
+
+@pytest.mark.refusal("conv1d")
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (lambda m, x: torch.cat([x, x], 2), "cat along axis 2"),
+        (lambda m, x: torch.cat([x, x], dim=-1), "cat along axis -1"),
+        (lambda m, x: torch.concat([x, x], axis=0), "concat along axis 0"),
+        (lambda m, x: torch.cat([x, x]), "cat along axis 0"),
+        (lambda m, x: torch.cat([x, m.scale], 1), "cat of a parameter"),
+        (lambda m, x: x + m.table, "add on a parameter"),
+        (lambda m, x: x * torch.sigmoid(m.table), "sigmoid on a parameter"),
+        (lambda m, x: m.up(x, output_size=[18]), "'up' called with more than one argument"),
+        (lambda m, x: m.table, "does not come from the input"),
+        (lambda m, x: x if x.sum() > 0 else m.up(x), "tracing"),
+        (lambda m, x: x[:, : len(x)], "tracing"),
+        (added_in_place, "add_ in place"),
+    ],
+)
+@pytest.mark.parametrize("call", [receptive_field, gradient_support])
+def test_a_call_that_is_not_understood_is_refused(run, said, call):
+    with refuses(ConfigError, said):
+        call(Call(run), (1, 8))
+
+
+@pytest.mark.refusal("conv2d")
+def test_two_inputs_and_no_module_are_refused():
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    with refuses(ConfigError, "second input"):
+        receptive_field(Two(), (1, 8, 8))
+    with refuses(ConfigError, "function"):
+        receptive_field(lambda x: x, (1, 8, 8))
+
+
+@pytest.mark.refusal("conv2d")
+@pytest.mark.parametrize("call", [receptive_field, gradient_support])
+@pytest.mark.parametrize(
+    ("layer", "shape", "error", "said"),
+    [
+        (nn.MaxPool2d(5, 2, ceil_mode=True), (1, 1, 1), ShapeError, "(1, 1)"),
+        (nn.AvgPool2d(3, padding=2), (1, 9, 9), ConfigError, "at most half"),
+        (nn.MaxPool2d(2), 32, ConfigError, "input_shape"),
+        (nn.MaxPool2d(2), (), ConfigError, "input_shape"),
+        (nn.MaxPool2d(2), (3,), ConfigError, "input_shape"),
+        (nn.MaxPool2d(2), (1, 0, 8), ConfigError, "0"),
+        (nn.MaxPool2d(2), (1, 8.5, 8), ConfigError, "8.5"),
+        (nn.MaxPool2d(2), (1, 3, 32, 32), ShapeError, "without the batch"),
+        (nn.MaxPool2d(2), (32, 32), ShapeError, "1 spatial axes"),
+        (nn.BatchNorm2d(3), (1, 3, 32, 32), ShapeError, "without the batch"),
+        (nn.Conv2d(3, 1, 3), (1, 3, 32, 32), ShapeError, "without the batch"),
+        (nn.Conv2d(1, 1, 9, padding=4, padding_mode="reflect"), (1, 3, 3), ShapeError, "reflect"),
+        (ours.Conv2d(1, 1, 9, padding=4, padding_mode="circular"), (1, 3, 3), ShapeError, "circular"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(call, layer, shape, error, said):
+    with refuses(error, said):
+        call(layer, shape)
+
+
+@pytest.mark.refusal("conv2d")
+def test_the_measurement_wants_the_networks_channels():
+    with refuses(ShapeError, "1 channels", 2):
+        gradient_support(nn.Conv2d(2, 1, 3), (1, 8, 8))
+
+
 @pytest.mark.refusal("conv2d")
 def test_what_is_not_understood_is_refused_by_name():
     for module, name in (
