@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -9,20 +11,25 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ShapeError
-from handbook_src.functional.check import check_features, check_floating, check_rank
+from handbook_src.functional.check import as_tuple, check_features, check_floating, check_rank
+from handbook_src.functional.conv import in_float32
+from handbook_src.functional.conv_input import check_alike
 
 _OP = "patch_embedding"
 
 
-def patchify(x: Float[Tensor, "b channels height width"], patch: tuple[int, int]) -> Float[Tensor, "b patches pixels"]:
+def patchify(
+    x: Float[Tensor, "b channels height width"], patch: int | Sequence[int]
+) -> Float[Tensor, "b patches pixels"]:
     """Cut images into patches, row by row, each flattened as channels, then rows, then columns.
 
     Raises:
+        ConfigError: ``patch`` is no positive size, or other than one or two.
         ShapeError: not four axes, or sides that the patch does not divide.
     """
     check_rank(_OP, x, (4,), "(batch, channels, height, width)")
-    check_sides(x, patch)
-    p, q = patch
+    p, q = as_tuple("patchify", "patch", patch, 2)
+    check_sides(x, (p, q))
     return rearrange(x, "b c (rows p) (columns q) -> b (rows columns) (c p q)", p=p, q=q)
 
 
@@ -47,7 +54,8 @@ def patch_embedding(
         backend: ``reference`` cuts and multiplies, ``torch`` is the strided convolution.
 
     Raises:
-        ShapeError: sides that the patch does not divide, another channel count, another rank, not floating.
+        ShapeError: sides that the patch does not divide, another channel count, another rank, not floating,
+            mixed dtypes, a weight without entries.
 
     Source:
         Dosovitskiy et al. 2020, eq. 1, arXiv:2010.11929
@@ -55,6 +63,9 @@ def patch_embedding(
     check_floating(_OP, x, weight, bias)
     check_rank(_OP, x, (4,), "(batch, channels, height, width)")
     check_rank(f"{_OP} weight", weight, (4,), "(features, channels, patch height, patch width)")
+    check_alike(_OP, x, weight, bias)
+    if 0 in weight.shape:
+        raise ShapeError(f"{_OP} weight", got=tuple(weight.shape), want="no empty axis", remedy="A patch has a pixel.")
     check_features(_OP, x, weight.shape[1], axis=1)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ShapeError(
@@ -64,9 +75,12 @@ def patch_embedding(
     check_sides(x, patch)
     if resolve(_OP, backend, {"torch": None, "reference": None}) == "torch":
         return F.conv2d(x, weight, bias, stride=patch).flatten(2).transpose(1, 2)
-    wide = x.float() if x.dtype.itemsize == 2 else x
-    y = patchify(wide, patch) @ weight.to(wide.dtype).flatten(1).T
-    return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
+    return in_float32(_cut_and_multiply, x, weight, bias)
+
+
+def _cut_and_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = patchify(x, weight.shape[2:]) @ weight.flatten(1).T
+    return y if bias is None else y + bias
 
 
 def check_sides(x: Tensor, patch: tuple[int, int]) -> None:

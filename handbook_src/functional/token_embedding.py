@@ -10,7 +10,8 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_features, check_positive, check_rank, check_size
+from handbook_src.functional.check import check_features, check_floating, check_positive, check_rank, check_size
+from handbook_src.functional.conv_input import check_alike
 from handbook_src.functional.embedding import check_range, check_table, check_tokens, embedding
 from handbook_src.functional.norm import layer_norm
 
@@ -53,7 +54,7 @@ def token_position_segment_embedding(
     Raises:
         ConfigError: both or neither of ``input_ids`` and ``inputs_embeds``; a negative or fractional count.
         ShapeError: more tokens than positions, an id outside its table, tables of different widths,
-            ids of another shape or dtype.
+            ids of another shape or dtype, vectors that are not floating, mixed dtypes.
 
     Source:
         Devlin et al. 2018, section 3 and figure 2, arXiv:1810.04805 (the figure shows the sum;
@@ -65,6 +66,7 @@ def token_position_segment_embedding(
         check_features(_OP, table, token_table.shape[1], name="table")
     runs = resolve(_OP, backend, {"torch": None, "reference": None})
     x = _vectors(input_ids, inputs_embeds, token_table, padding_idx, runs)
+    check_alike(_OP, x, *tables, weight, bias)
     positions = _positions(x, position_ids, past_key_values_length, position_table)
     segments = torch.zeros_like(positions) if token_type_ids is None else token_type_ids
     _check_ids("token_type_ids", segments, x, segment_table)
@@ -75,7 +77,7 @@ def token_position_segment_embedding(
         wide_weight, wide_bias = (None if g is None else g.float() for g in (weight, bias))
         wide = x.float() + s.float() + p.float()
         return layer_norm(wide, x.shape[-1], wide_weight, wide_bias, eps, backend=runs).to(x.dtype)
-    return layer_norm(x + s + p, x.shape[-1], weight, bias, eps, backend=runs)
+    return layer_norm(x + s + p, x.shape[-1], weight, bias, eps, backend=backend)
 
 
 def _vectors(
@@ -89,6 +91,7 @@ def _vectors(
             remedy="Tokens are looked up; vectors take the lookup's place.",
         )
     if inputs_embeds is not None:
+        check_floating(f"{_OP} inputs_embeds", inputs_embeds)
         check_rank(_OP, inputs_embeds, (3,), "(batch, tokens, features)")
         check_features(_OP, inputs_embeds, table.shape[1], name="inputs_embeds")
         return inputs_embeds

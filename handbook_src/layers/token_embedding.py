@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from handbook_src.dispatch import Backend
 from handbook_src.functional import token_embedding as maths
 from handbook_src.functional.check import check_features, check_floating, check_positive, check_probability, check_size
+from handbook_src.functional.conv_input import check_alike
 from handbook_src.functional.embedding import check_settings
 from handbook_src.functional.norm_input import check_eps
 from handbook_src.layers.norm import LayerNorm
@@ -178,10 +179,11 @@ class ScaledEmbedding(nn.Module):
         """Score every token by the same table, without the factor.
 
         Raises:
-            ShapeError: ``x`` has another number of features, or is not floating.
+            ShapeError: ``x`` has another number of features or dtype, or is not floating.
         """
         check_floating("ScaledEmbedding logits", x)
         check_features("ScaledEmbedding logits", x, self.embedding_dim)
+        check_alike("ScaledEmbedding logits", x, self.weight)
         return F.linear(x, self.weight)
 
     def extra_repr(self) -> str:

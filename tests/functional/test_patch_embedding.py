@@ -95,5 +95,21 @@ def test_bad_images_and_weights_are_refused() -> None:
         patch_embedding(draw(1, 3, 8, 8), w, draw(4))
     with refuses(ShapeError, "torch.uint8"):
         patch_embedding(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), w)
+    for backend in ("auto", "reference"):
+        for wide, bias in ((draw(1, 3, 8, 8).float(), None), (draw(1, 3, 8, 8), draw(5).float())):
+            with refuses(ShapeError, torch.float32, torch.float64):
+                patch_embedding(wide, w, bias, backend=backend)
+        with refuses(ShapeError, torch.float32, torch.float64), torch.autocast("cpu", dtype=torch.bfloat16):
+            patch_embedding(draw(1, 3, 8, 8), w.float(), backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert patch_embedding(draw(1, 3, 8, 8).float(), w.float(), backend=backend).dtype == torch.bfloat16
+        for empty in ((5, 3, 0, 4), (0, 3, 4, 4), (5, 0, 4, 4)):
+            with refuses(ShapeError, "weight", empty):
+                patch_embedding(draw(1, empty[1], 8, 8), draw(*empty), backend=backend)
+    for patch in ((0, 4), (-2, -4), 0, (2, 2, 2), 1.5, None):
+        with refuses(ConfigError, "patch"):
+            patchify(draw(1, 3, 8, 8), patch)  # type: ignore[arg-type]
+    x = draw(1, 3, 8, 8)
+    assert torch.equal(patchify(x, 4), patchify(x, (4, 4)))
     with refuses(ConfigError, "triton"):
         patch_embedding(draw(1, 3, 8, 8), w, backend="triton")

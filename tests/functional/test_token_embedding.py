@@ -138,6 +138,11 @@ def test_bad_ids_and_tables_are_refused() -> None:
         call(ids, (three[0], three[1][:, :4], three[2]))
     with refuses(ShapeError, (2, 4, 6), 5):
         call(None, three, inputs_embeds=draw(2, 4, 6))
+    for backend in BACKENDS:
+        with refuses(ShapeError, torch.bfloat16, torch.float32):
+            call(None, tuple(t.bfloat16() for t in three), inputs_embeds=draw(2, 4, 5).float(), backend=backend)
+        with refuses(ShapeError, "inputs_embeds", torch.int64):
+            call(None, three, inputs_embeds=torch.ones(2, 4, 5, dtype=torch.long), backend=backend)
     with refuses(ConfigError, "both"):
         call(ids, three, inputs_embeds=draw(2, 4, 5))
     with refuses(ConfigError, "neither"):

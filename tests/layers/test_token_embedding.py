@@ -173,3 +173,9 @@ def test_scaled_refuses() -> None:
         ScaledEmbedding(4, 4).logits(torch.ones(2, 3))
     with refuses(ShapeError, "torch.int64"):
         ScaledEmbedding(4, 4).logits(torch.ones(2, 4, dtype=torch.long))
+
+
+@pytest.mark.refusal("scaled-embedding")
+def test_logits_of_another_dtype_are_refused() -> None:
+    with refuses(ShapeError, "logits", torch.float64, torch.float32):
+        ScaledEmbedding(5, 4).logits(torch.ones(2, 4, dtype=torch.float64))
