@@ -175,7 +175,7 @@ class BPE:
 
     def __init__(self, merges: Iterable[tuple[bytes, bytes]], special_tokens: Sequence[str] = ()) -> None:
         self.special_tokens = _checked_special(special_tokens)
-        self.merges = [(bytes(left), bytes(right)) for left, right in merges]
+        self.merges = _checked_merges(merges)
         first = len(self.special_tokens)
         self._ids = {bytes([b]): first + i for i, b in enumerate(ALPHABET)}
         self._ranks: dict[tuple[int, ...], tuple[int, int]] = {}
@@ -219,7 +219,7 @@ class BPE:
         least = 256 + len(_checked_special(special_tokens))
         check_size("BPE", "vocab_size", vocab_size, least=least)
         check_size("BPE", "min_frequency", min_frequency, least=0)
-        counts = count_words([texts] if isinstance(texts, str | bytes) else texts)
+        counts = count_words([texts] if isinstance(texts, str | bytes) or not isinstance(texts, Iterable) else texts)
         return cls(learn_merges(counts, vocab_size - least, min_frequency=min_frequency), special_tokens)
 
     @property
@@ -281,7 +281,7 @@ class BPE:
             DataError: an id outside the vocabulary.
         """
         pieces = []
-        for i in ids:
+        for i in ids if isinstance(ids, Iterable) else [[ids]]:  # one number is no list: refused below
             try:
                 pieces.append(self._names[operator.index(i)])
             except (TypeError, KeyError) as e:
@@ -349,7 +349,19 @@ def tokenizers_library(op: str) -> Any:
         ) from e
 
 
+def _checked_merges(merges: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    pairs = list(merges) if isinstance(merges, Iterable) else [merges]
+    for rank, pair in enumerate(pairs):
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(part, bytes) for part in pair):
+            want = "pairs of bytes, such as (b'l', b'o')"
+            raise ConfigError(f"BPE merge {rank}", got=repr(pair), want=want, remedy="Encode strings with .encode().")
+    return [(left, right) for left, right in pairs]
+
+
 def _checked_special(special_tokens: Sequence[str]) -> list[str]:
+    if not isinstance(special_tokens, Iterable):
+        want = "a list of strings"
+        raise ConfigError("BPE special_tokens", got=repr(special_tokens), want=want, remedy="Pass () for none.")
     tokens = list(special_tokens) if not isinstance(special_tokens, str | bytes) else [special_tokens]
     for token in tokens:
         check_text("BPE special token", token)

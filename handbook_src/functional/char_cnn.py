@@ -90,7 +90,7 @@ def char_cnn(
             none or without width, mixed dtypes.
 
     Source:
-        Kim et al. 2015, eq. 1 and 2, arXiv:1508.06615; ELMo's sizes Peters et al. 2018, section 3.4, arXiv:1802.05365
+        Kim et al. 2015, section 2.2, arXiv:1508.06615; ELMo's sizes Peters et al. 2018, section 3.4, arXiv:1802.05365
     """
     _check(chars, table, weights, biases, activation)
     padding = check_settings(_OP, table.shape[0], padding_idx, None, 2.0, False, False)

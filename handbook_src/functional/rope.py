@@ -45,7 +45,7 @@ def apply_rope(
         i' = \begin{cases} i + r/2 & \text{half-split} \\ i + 1 & \text{interleaved} \end{cases}
 
     ``cos`` and ``sin`` are ``r/2`` wide, one entry a pair; features from ``r`` on pass through.
-    The product is formed in the widest dtype of the three, float32 at least, and rounded once.
+    The product is formed in the wider dtype of ``x`` and ``cos``, float32 at least, and rounded once.
 
     Args:
         x: queries or keys.
@@ -171,7 +171,8 @@ def convert_rope_weight(
             or an unknown convention.
 
     Source:
-        the two pairings: Su et al. 2021, eq. 15 and eq. 34, arXiv:2104.09864
+        interleaved pairs: Su et al. 2021, eq. 15 and eq. 34, arXiv:2104.09864; half-split ones: the released code of
+        GPT-NeoX, Black et al. 2022, arXiv:2204.06745
     """
     check_size("convert_rope_weight", "heads", heads)
     rows = weight.shape[0] if weight.ndim else 0

@@ -54,7 +54,8 @@ def sentence_embedding(
 
     .. math:: y = \frac{u}{\max(\lVert u \rVert_2,\, 10^{-12})}, \qquad u = \frac{\sum_t m_t\, x_t}{\sum_t m_t}
 
-    The dot product of two such vectors is the cosine of their angle. A mean of zero stays zero.
+    The dot product of two such vectors is the cosine of their angle. A mean of zero stays zero. A mean with
+    entries above 1e18 is divided by the largest before its length is taken: float32 could not hold their squares.
 
     Args:
         x: vectors of the tokens.
@@ -68,4 +69,6 @@ def sentence_embedding(
     """
     u = mean_pool(x, mask)
     wide = u.to(torch.promote_types(u.dtype, torch.float32))
+    largest = wide.detach().abs().amax(-1, keepdim=True)
+    wide = wide / largest.where(largest > 1e18, 1.0)
     return (wide / wide.norm(dim=-1, keepdim=True).clamp_min(1e-12)).to(u.dtype)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from handbook_src.errors import ShapeError
+from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_positive, check_size
 from handbook_src.functional.rope import apply_rope, check_rotary_dim, rope_cos_sin
 from handbook_src.functional.rope_scaling import RopeScaling, scaled_rope_frequencies
@@ -31,7 +31,8 @@ class RotaryEmbedding(FixedTable):
         dim: features of a head that turn; the rest of a wider head passes through.
         base: larger is slower; what the model was trained with.
         interleaved: neighbours make a pair (GPT-J); otherwise features half of ``dim`` apart (Llama, GPT-NeoX).
-        scaling: how to stretch positions beyond the trained length.
+        scaling: how to stretch positions beyond the trained length. ``dynamic`` reads the largest of given
+            ``positions``, which neither a full graph of torch.compile nor the meta device can.
         max_positions: how many rows of cosines and sines are kept; later ones are computed when they come.
         device: where they are.
         dtype: of the kept rows; float32 at least.
@@ -68,6 +69,13 @@ class RotaryEmbedding(FixedTable):
         check_rotary_dim("RotaryEmbedding", dim)
         check_positive("RotaryEmbedding", "base", base)
         check_size("RotaryEmbedding", "max_positions", max_positions, least=0)
+        if scaling is not None and not isinstance(scaling, RopeScaling):
+            raise ConfigError(
+                "RotaryEmbedding scaling",
+                got=repr(scaling),
+                want="a RopeScaling",
+                remedy="For instance RopeScaling('linear', factor=2.0).",
+            )
         self.dim, self.base, self.interleaved = dim, base, interleaved
         self.scaling, self.max_positions = scaling, max_positions
         like = torch.empty(0, device=device, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class SentenceEncoderConfig:
     eps: float = 1e-12
     dropout: float = 0.1
     max_length: int = 256
+    attention_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "dim", "heads", "depth", "hidden_dim", "segments"):
@@ -43,6 +45,7 @@ class SentenceEncoderConfig:
         check_size("SentenceEncoderConfig", "max_length", self.max_length, least=2)
         check_positive("SentenceEncoderConfig", "eps", self.eps)
         check_probability("SentenceEncoderConfig", "dropout", self.dropout)
+        check_probability("SentenceEncoderConfig", "attention_dropout", self.attention_dropout)
         if self.dim % self.heads:
             want = f"a multiple of heads={self.heads}"
             raise ConfigError("SentenceEncoderConfig dim", got=self.dim, want=want, remedy="32 or 64 a head is usual.")
@@ -62,7 +65,7 @@ class Block(nn.Module):
 
     def __init__(self, config: SentenceEncoderConfig) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(config.dim, config.heads, dropout=config.dropout)
+        self.attention = MultiHeadAttention(config.dim, config.heads, dropout=config.attention_dropout)
         self.norm_1 = LayerNorm(config.dim, eps=config.eps)
         self.up = nn.Linear(config.dim, config.hidden_dim)
         self.down = nn.Linear(config.hidden_dim, config.dim)
@@ -155,7 +158,7 @@ class SentenceEncoder(nn.Module):
         configuration's ``max_length`` are cut off. Dropout is off, whatever the mode.
 
         Args:
-            sentences: texts; an empty one has the vector of its two marks.
+            sentences: texts; an empty one has the vector of its two marks, zero where the tokeniser adds none.
             batch_size: texts that go through the network together.
 
         Raises:
@@ -165,7 +168,8 @@ class SentenceEncoder(nn.Module):
         check_size("SentenceEncoder.encode", "batch_size", batch_size)
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         rows = self._tokens(texts)
-        device, training = self.embeddings.word_embeddings.weight.device, self.training
+        device = self.embeddings.word_embeddings.weight.device
+        modes = [(part, part.training) for part in self.modules()]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         out = torch.empty(len(rows), self.config.dim, dtype=self.embeddings.word_embeddings.weight.dtype, device=device)
         self.eval()
@@ -175,7 +179,8 @@ class SentenceEncoder(nn.Module):
                 ids, mask = _pad([rows[i] for i in chosen])
                 out[chosen] = self(ids.to(device), None if bool(mask.all()) else mask.to(device))
         finally:
-            self.train(training)
+            for part, training in modes:  # a part that was frozen in evaluation mode stays there
+                part.training = training
         return out[0] if isinstance(sentences, str) else out
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -194,9 +199,10 @@ class SentenceEncoder(nn.Module):
                     want="strings",
                     remedy="str(x).",
                 )
-        self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(self.config.max_length)
-        return [encoded.ids for encoded in self.tokenizer.encode_batch(list(texts))]
+        tokenizer = copy.deepcopy(self.tokenizer)  # the caller's keeps its own settings
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self.config.max_length)
+        return [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> SentenceEncoder:
@@ -222,7 +228,7 @@ class SentenceEncoder(nn.Module):
 
 def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Stack rows of unequal lengths; the mask is false where zeros fill up."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    width = max(1, *map(len, rows))  # a text without tokens is one of padding alone: its mean is zero
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, torch.arange(width) < lengths[:, None]

@@ -22,6 +22,8 @@ _SETTINGS = {
     "intermediate_size": "hidden_dim",
     "type_vocab_size": "segments",
     "layer_norm_eps": "eps",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
 }
 #: What the wiring computes; a folder that asks for anything else is another model.
 _FIXED: Mapping[str, tuple[Any, ...]] = {

@@ -270,3 +270,17 @@ def test_it_copies_and_pickles(trained: BPE) -> None:
         assert other.encode(text) == trained.encode(text)
         assert other.vocab_size == trained.vocab_size == 600
     assert repr(trained) == "BPE(vocab_size=600, special_tokens=['<|endoftext|>'])"
+
+
+@pytest.mark.refusal("bpe")
+def test_what_is_no_list_of_pairs_or_of_ids_is_refused(trained: BPE) -> None:
+    for bad in ([("a", "b")], ["l o"], [(b"a",)], [5], None):
+        with refuses(ConfigError, "BPE merge 0", repr(bad[0] if bad else bad)):
+            BPE(bad)  # type: ignore[arg-type]
+    with refuses(ConfigError, "special_tokens", None):
+        BPE([], None)  # type: ignore[arg-type]
+    for wrong in (None, 5):
+        with refuses(DataError, "BPE text", type(wrong).__name__):
+            BPE.train(wrong, 300)  # type: ignore[arg-type]
+        with refuses(DataError, "BPE.decode", repr(wrong)):
+            trained.decode(wrong)  # type: ignore[arg-type]

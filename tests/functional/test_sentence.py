@@ -74,3 +74,9 @@ def test_bad_masks_and_ranks_are_refused() -> None:
         sentence_embedding(torch.ones(2, 3))
     with refuses(ShapeError, "torch.int64"):
         sentence_embedding(torch.ones(2, 3, 5, dtype=torch.long))
+
+
+@pytest.mark.law("sentence-embedding")
+def test_huge_vectors_have_length_one_too() -> None:
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(sentence_embedding(x * 1e30), sentence_embedding(x))

@@ -162,3 +162,10 @@ def test_the_layer_refuses():
         layer(q, q, positions=torch.arange(5.0))  # type: ignore[arg-type]
     with refuses(ShapeError, "(4, 4)"):
         layer(q, q, positions=torch.arange(4))
+
+
+@pytest.mark.refusal("rope")
+def test_a_scaling_of_another_kind_is_refused() -> None:
+    for bad in ("linear", {"kind": "linear", "factor": 2.0}):
+        with refuses(ConfigError, "scaling", repr(bad)):
+            RotaryEmbedding(4, scaling=bad)  # type: ignore[arg-type]

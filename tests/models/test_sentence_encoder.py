@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from handbook_src.data.bpe import BPE
 from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.models.sentence_encoder import SentenceEncoder, SentenceEncoderConfig
 from handbook_src.testing import oracle, refuses
@@ -200,3 +201,37 @@ def test_bad_arguments_are_refused(tiny: Any) -> None:
     for name, bad in (("dim", 0), ("heads", 5), ("depth", -1), ("dropout", 1.0), ("max_length", 513), ("eps", 0.0)):
         with refuses(ConfigError, name, bad):
             SentenceEncoderConfig(**{name: bad})
+
+
+def small(**options: Any) -> SentenceEncoder:
+    """A tiny encoder whose tokeniser adds no marks."""
+    tokenizer = BPE.train("the cat sat on the mat", 260).to_tokenizers()
+    config = SentenceEncoderConfig(260, 16, 12, 3, 2, 8, max_length=8, **options)
+    return SentenceEncoder(config, tokenizer)
+
+
+@pytest.mark.law("sentence-embedding")
+def test_a_text_without_tokens_is_zero_alone_and_in_a_batch() -> None:
+    model = small()
+    assert torch.equal(model.encode(""), torch.zeros(12))
+    torch.testing.assert_close(model.encode(["the cat", ""])[1], model.encode(""))
+
+
+@pytest.mark.law("sentence-embedding")
+def test_encoding_leaves_modes_and_tokeniser_as_they_were() -> None:
+    model = small().train()
+    model.blocks[0].eval()
+    model.tokenizer.enable_truncation(3)
+    before, truncation = [part.training for part in model.modules()], model.tokenizer.truncation
+    model.encode(["the cat sat on the mat"])
+    assert [part.training for part in model.modules()] == before
+    assert model.tokenizer.truncation == truncation
+
+
+@pytest.mark.outside("sentence-embedding")
+def test_dropout_is_read_from_the_folder(tiny: Any) -> None:
+    edit(tiny[0] / "config.json", hidden_dropout_prob=0.25, attention_probs_dropout_prob=0.5)
+    model = SentenceEncoder.from_pretrained(tiny[0])
+    assert (model.config.dropout, model.config.attention_dropout) == (0.25, 0.5)
+    assert model.blocks[0].attention.dropout == 0.5
+    assert model.blocks[0].drop.p == model.embeddings.dropout.p == 0.25
