@@ -110,7 +110,9 @@ def char_cnn(
         starts = torch.arange(answers.shape[1], device=words.device)
         inside = starts <= (lengths - width).clamp_min(0)[:, None]
         found.append(answers.masked_fill(~inside[..., None], -torch.inf).amax(1))
-    return ACTIVATIONS[activation](torch.cat(found, 1)).to(table.dtype).reshape(*chars.shape[:-1], sum(map(len, weights)))
+    return (
+        ACTIVATIONS[activation](torch.cat(found, 1)).to(table.dtype).reshape(*chars.shape[:-1], sum(map(len, weights)))
+    )
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, runs: Backend) -> Tensor:

@@ -120,7 +120,8 @@ def check_conv(
         raise ShapeError(
             f"{op} input",
             got=f"{x.shape[-axes - 1]} channels in {tuple(x.shape)}",
-            want=f"{wanted or 'at least 1'} channels on axis {-axes - 1}, as a weight of {tuple(weight.shape)} has in {groups} groups",
+            want=f"{wanted or 'at least 1'} channels on axis {-axes - 1}, "
+            f"as a weight of {tuple(weight.shape)} has in {groups} groups",
             remedy="Channels come before the spatial axes; move them there, or build the layer with the input's count.",
         )
     if bias is not None and tuple(bias.shape) != (out,):

@@ -1,15 +1,16 @@
-"""Octave convolution with the arguments and the state dict of torch's ``Conv2d``."""
+"""Octave convolution with the state dict of torch's ``Conv2d``, and its arguments after ``alpha``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from handbook_src.errors import ShapeError
+from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional import octave_conv as maths
 from handbook_src.functional.check import as_tuple, check_size
 
@@ -26,7 +27,7 @@ class OctaveConv2d(nn.Module):
         out_channels: of both octaves together.
         kernel_size: taps along height and width.
         alpha: the shares of the low octave, ``(alpha_in, alpha_out)``, or one for both; low channels are
-            rounded down.
+            rounded down. It stands where ``Conv2d`` has ``stride``: name the arguments after it.
         stride: of each of the four convolutions, on its own grid.
         padding: zeros on all sides of each grid.
         dilation: pixels between neighbouring taps.
@@ -62,7 +63,7 @@ class OctaveConv2d(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: int | Sequence[int],
-        alpha: float | tuple[float, float] = 0.5,
+        alpha: float | Sequence[float] = 0.5,
         stride: int | Sequence[int] = 1,
         padding: int | Sequence[int] = 0,
         dilation: int | Sequence[int] = 1,
@@ -72,7 +73,11 @@ class OctaveConv2d(nn.Module):
         super().__init__()
         op = "OctaveConv2d"
         check_size(op, "groups", groups)
-        self.alpha_in, self.alpha_out = alpha if isinstance(alpha, tuple) else (alpha, alpha)
+        shares = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha)
+        if len(shares) != 2 or not all(isinstance(a, Real) for a in shares):
+            want = "one share, or two, (alpha_in, alpha_out)"
+            raise ConfigError(f"{op} alpha", got=repr(alpha), want=want, remedy="Pass 0.25.")
+        self.alpha_in, self.alpha_out = shares
         self.in_split = maths.split_channels(in_channels, self.alpha_in)
         self.out_split = maths.split_channels(out_channels, self.alpha_out)
         if any(count % groups for count in (*self.in_split, *self.out_split)):

@@ -124,3 +124,11 @@ def test_refuses_octaves_that_are_missing_or_too_many():
         layer(x[0], halve(x))
     with refuses(ShapeError, "odd kernel"):
         OctaveConv2d(4, 4, 2, 0.5, padding=1)(x, halve(x))
+
+
+@pytest.mark.refusal("octave-conv")
+def test_shares_that_are_none_are_refused() -> None:
+    for bad in (None, "0.5", (0.5, 0.25, 0.1), [0.5], (None, 0.5)):
+        with refuses(ConfigError, "alpha", repr(bad)):
+            OctaveConv2d(8, 8, 3, bad)  # type: ignore[arg-type]
+    assert OctaveConv2d(8, 8, 3, [0.5, 0.25]).in_split == OctaveConv2d(8, 8, 3, (0.5, 0.25)).in_split
