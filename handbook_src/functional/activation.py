@@ -12,7 +12,6 @@ NaN, here as in torch.
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Literal
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, Resolved, resolve
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_floating, check_positive, check_probability
+from handbook_src.functional.check import check_finite, check_floating, check_positive, check_probability
 from handbook_src.functional.norm import at_least_float32
 
 #: The two constants of SELU, from :math:`E[f(z)] = 0` and :math:`E[f(z)^2] = 1` for a standard normal z.
@@ -126,7 +125,9 @@ def prelu(
         return F.prelu(x, weight)
     wide, slope = at_least_float32(x), at_least_float32(weight)
     slope = slope.reshape(()) if slopes == 1 else slope.view(-1, *[1] * (x.ndim - 2))
-    return torch.where(wide > 0, wide, slope * wide).to(x.dtype)
+    return torch.where(wide > 0, wide, slope * wide.clamp(max=0)).to(
+        x.dtype
+    )  # clamped: 0 * inf in the slope's gradient
 
 
 def elu(
@@ -460,18 +461,6 @@ def alpha_dropout(
     b = -a * p * floor
     wide, keep = at_least_float32(x), torch.empty_like(x).bernoulli_(q).bool()
     return (a * torch.where(keep, wide, floor) + b).to(x.dtype)
-
-
-def check_finite(op: str, name: str, value: float) -> None:
-    """Refuse what is not a finite real number.
-
-    Raises:
-        ConfigError: it is infinite, NaN, a boolean or no number.
-    """
-    if type(value) is float and math.isfinite(value):  # the usual case, without asking an abstract class
-        return
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise ConfigError(f"{op} {name}", got=repr(value), want="a finite number", remedy=f"Pass {name}=0.25.")
 
 
 def _runs(op: str, x: Tensor, backend: Backend, inplace: bool = False, torch_lacks: str | None = None) -> Resolved:

@@ -87,7 +87,8 @@ def rnn_backward(
         \frac{\partial \mathcal L}{\partial W_{ih}} = \sum_t \delta_t^\top x_t, \qquad
         \frac{\partial \mathcal L}{\partial x_t} = \delta_t W_{ih}
 
-    with :math:`z_t` as in :func:`rnn_forward`.  One weight serves every step, so its gradient is a sum over steps.  With ``truncate`` = k the
+    with :math:`z_t` as in :func:`rnn_forward`.  One weight serves every step, so its gradient is
+    a sum over steps.  With ``truncate`` = k the
     gradient does not cross from a block of k steps into the one before, as if the state had been
     detached there.
 

@@ -7,9 +7,11 @@ is a :class:`ShapeError`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
@@ -29,6 +31,16 @@ def check_floating(op: str, *tensors: Tensor | None) -> None:
                 want="a floating-point dtype",
                 remedy="Convert first, for instance x.float().",
             )
+
+
+def check_parameter_dtype(op: str, dtype: torch.dtype | None) -> None:
+    """Refuse a dtype of parameters that is not floating point; None is torch's default.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"{op} dtype", got=dtype, want="a floating-point dtype", remedy="Pass dtype=torch.float32.")
 
 
 def check_one_dtype(op: str, x: Tensor, *others: Tensor) -> None:
@@ -97,6 +109,18 @@ def check_size(op: str, name: str, value: int, *, least: int = 1) -> None:
         )
 
 
+def check_finite(op: str, name: str, value: float | int) -> None:
+    """Refuse what is not a finite real number.
+
+    Raises:
+        ConfigError: it is infinite, NaN, a boolean or no number.
+    """
+    if type(value) is float and math.isfinite(value):  # the usual case, without asking an abstract class
+        return
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConfigError(f"{op} {name}", got=repr(value), want="a finite number", remedy=f"Pass {name}=0.25.")
+
+
 def check_positive(op: str, name: str, value: float | int) -> None:
     """Refuse a number that is not positive and finite.
 
@@ -111,9 +135,10 @@ def check_probability(op: str, name: str, value: float | int, *, below_one: bool
     """Refuse a probability outside ``[0, 1)``, or outside ``[0, 1]`` unless ``below_one``.
 
     Raises:
-        ConfigError: it is outside, or NaN.
+        ConfigError: it is outside, NaN, a boolean or no number.
     """
-    if not (0 <= value < 1 or (value == 1 and not below_one)):
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or not (0 <= value < 1 or (value == 1 and not below_one)):
         interval = "[0, 1)" if below_one else "[0, 1]"
         raise ConfigError(
             f"{op} {name}", got=repr(value), want=f"a probability in {interval}", remedy="Pass 0.0 to switch it off."

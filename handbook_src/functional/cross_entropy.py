@@ -1,4 +1,4 @@
-r"""Cross-entropy of class indices, with the arguments of ``torch.nn.functional.cross_entropy``.
+r"""Cross-entropy of class indices, as ``torch.nn.functional.cross_entropy`` without its class weights.
 
 Nothing here stores a probability: a row of logits needs its log-sum-exp, the
 logit of its class, and (with label smoothing) its mean.
@@ -36,7 +36,9 @@ def cross_entropy(
         \ell = (1 - s)\,(L - x_y) + s\,\bigl(L - \tfrac1v \textstyle\sum_j x_j\bigr) + z L^2, \qquad
         L = m + \log \sum_j e^{x_j - m}, \quad m = \max_j x_j
 
-    Half precision is computed in float32. Rows whose target is ``ignore_index``
+    Half precision is computed in float32 by the reference and the kernel; torch's operation
+    rounds on the way. A row that is ignored may hold NaN or infinity: the reference and the kernel
+    give it gradient 0, torch NaN. Not for ``torch.func.vmap``. Rows whose target is ``ignore_index``
     have loss 0 and are left out of the mean; the mean over no rows is NaN.
     On a GPU a target outside the vocabulary is not looked for, which would wait
     for the device: there the ``triton`` backend answers NaN, torch aborts.
@@ -61,13 +63,14 @@ def cross_entropy(
     """
     _check_settings(ignore_index, label_smoothing, reduction, z_loss)
     _check_tensors(logits, target)
+    target = target.long()
     _check_range(logits, target, ignore_index)
     runs = resolve("cross_entropy", backend, _candidates(backend, logits, target, z_loss))
     if runs == "torch":
         return F.cross_entropy(
-            logits, target.long(), ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+            logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
-    rows, target = logits.movedim(min(1, logits.ndim - 1), -1), target.long()
+    rows = logits.movedim(min(1, logits.ndim - 1), -1)
     if runs == "triton":
         from handbook_src.kernels.cross_entropy import cross_entropy_triton
 
@@ -100,7 +103,7 @@ def _reduced(losses: Tensor, counted: Tensor, reduction: str) -> Tensor:
 
 def _check_settings(ignore_index: int, smoothing: float, reduction: str, z_loss: float) -> None:
     op = "cross_entropy"
-    if not isinstance(ignore_index, int):
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise ConfigError(
             f"{op} ignore_index", got=repr(ignore_index), want="an integer", remedy="Pass -100, torch's default."
         )
@@ -112,8 +115,8 @@ def _check_settings(ignore_index: int, smoothing: float, reduction: str, z_loss:
             want="'none', 'mean' or 'sum'",
             remedy="Pass 'mean', torch's default.",
         )
-    if not 0 <= z_loss < float("inf"):
-        raise ConfigError(f"{op} z_loss", got=z_loss, want="zero or a positive number", remedy="PaLM's is 1e-4.")
+    if not isinstance(z_loss, int | float) or isinstance(z_loss, bool) or not 0 <= z_loss < float("inf"):
+        raise ConfigError(f"{op} z_loss", got=repr(z_loss), want="zero or a positive number", remedy="PaLM's is 1e-4.")
 
 
 def _check_tensors(logits: Tensor, target: Tensor) -> None:

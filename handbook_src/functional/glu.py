@@ -86,7 +86,7 @@ def glu(input: Float[Tensor, "*shape"], dim: int = -1, *, backend: Backend = "au
         Dauphin et al. 2016, eq. 1, arXiv:1612.08083
     """
     check_floating("glu", input)
-    if not isinstance(dim, int) or not -input.ndim <= dim < input.ndim:
+    if not isinstance(dim, int) or isinstance(dim, bool) or not -input.ndim <= dim < input.ndim:
         raise ConfigError(
             "glu dim", got=dim, want=f"an axis of an input of shape {tuple(input.shape)}", remedy="Pass dim=-1."
         )
@@ -181,7 +181,7 @@ def swiglu(
 def gated_hidden_dim(dim: int, expansion: float = 4.0, multiple_of: int = 1) -> int:
     r"""Return the hidden width at which three matrices have the parameters of two.
 
-    .. math:: f = m \left\lceil \frac{\lfloor \tfrac23 k d \rfloor}{m} \right\rceil
+    .. math:: f = m \left\lceil \frac{\max(1, \lfloor \tfrac23 \lfloor k d \rfloor \rfloor)}{m} \right\rceil
 
     A plain layer of width :math:`k d` has :math:`2 k d^2` weights, a gated one of
     width :math:`f` has :math:`3 d f`; equal at :math:`f = \tfrac23 k d`.

@@ -39,7 +39,8 @@ def fans(weight: Float[Tensor, "*shape"]) -> tuple[int, int]:
     .. math:: n_{in} = c_{in} \prod_i k_i, \qquad n_{out} = c_{out} \prod_i k_i
 
     for a weight of shape ``out in *kernel``.  A transposed convolution stores ``in out *kernel``:
-    its two fans come out exchanged, here as in torch.
+    its two fans come out exchanged, here as in torch.  A grouped convolution stores ``out in/groups *kernel``:
+    :math:`n_{in}` is right, :math:`n_{out}` is ``groups`` times what one input reaches, again as in torch.
 
     Args:
         weight: at least two axes.
@@ -159,7 +160,7 @@ def kaiming_uniform_(
     .. math:: W \sim U(-b, b), \qquad b = \mathrm{gain} \sqrt{3 / n}
 
     torch's own ``nn.Linear`` and convolutions call this with ``a`` = :math:`\sqrt 5`, which is
-    :math:`U(\pm 1/\sqrt{n_{in}})`: a third of LeCun's variance, older than any of these papers.
+    :math:`U(\pm 1/\sqrt{n_{in}})`, of variance :math:`1/(3 n_{in})`: a third of LeCun's.
 
     Args:
         tensor: the weight, ``out in *kernel``; filled in place.

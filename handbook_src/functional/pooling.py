@@ -368,11 +368,11 @@ def global_pool(
         Lin, Chen & Yan 2013, section 3.2, arXiv:1312.4400
     """
     check_floating("global_pool", input)
-    if input.ndim < 3 or 0 in input.shape[2:]:
+    if input.ndim < 3 or 0 in input.shape[1:]:
         raise ShapeError(
             "global_pool input",
             got=tuple(input.shape),
-            want="(batch, channels, *spatial) with at least one position",
+            want="(batch, channels, *spatial) with at least one channel and position",
             remedy="Add a batch axis with unsqueeze(0); nothing has no mean and no largest value.",
         )
     if reduce not in ("mean", "max"):
@@ -410,6 +410,8 @@ def _read(op: str, x: Tensor, axes: int, kernel: Sizes, stride: Sizes | None, pa
                 remedy="Pad the input itself with torch.nn.functional.pad.",
             )
         count_strided(size, k, s, p, d, ceil_mode)  # refuses what no window fits
+    if x.shape[-axes - 1] == 0:
+        raise ShapeError(f"{op} input", got=tuple(x.shape), want="at least one channel", remedy="Drop the layer.")
     return found
 
 
@@ -448,7 +450,9 @@ def _avg_pool(axes: int, input: Tensor, settings: _Settings, ceil_mode: bool, co
         raise ConfigError(
             f"avg_pool{axes}d divisor_override", got=repr(divisor), want="an integer, not zero", remedy="1 gives sums."
         )
-    if resolve(f"avg_pool{axes}d", backend, {"torch": None, "reference": None}) == "torch":
+    lacks = axes == 3 and input.dtype == torch.float16 and input.device.type == "cpu"
+    torchs = "float32: torch's avg_pool3d takes no float16 on CPUs" if lacks else None
+    if resolve(f"avg_pool{axes}d", backend, {"torch": torchs, "reference": None}) == "torch":
         op: Callable[..., Tensor] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[axes]
         more = () if axes == 1 else (divisor,)
         return op(input, *settings[:3], ceil_mode, count_include_pad, *more)

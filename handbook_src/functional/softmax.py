@@ -47,7 +47,7 @@ def softmax(
         backend: ``auto`` takes torch's operation.
 
     Raises:
-        ConfigError: ``temperature`` is not positive and finite, or ``x`` has no axis ``dim``.
+        ConfigError: ``temperature`` is not positive and finite or is zero in float32, or ``x`` has no axis ``dim``.
         ShapeError: ``x`` is not floating.
 
     Source:
@@ -181,6 +181,13 @@ def online_softmax(x: Float[Tensor, "*shape"], dim: int, *, chunk: int = 1) -> F
 def _scores(op: str, x: Tensor, dim: int, dtype: torch.dtype | None, temperature: float) -> Tensor:
     check_floating(op, x)
     check_positive(op, "temperature", temperature)
+    if temperature < 1e-45 and (dtype or x.dtype) != torch.float64:  # zero in float32
+        raise ConfigError(
+            f"{op} temperature",
+            got=temperature,
+            want="at least 1e-45 in float32",
+            remedy="Take argmax for the limit of 0.",
+        )
     axes = max(x.ndim, 1)  # torch lets a scalar be a row of one score
     if not isinstance(dim, int) or isinstance(dim, bool) or not -axes <= dim < axes:
         raise ConfigError(

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError
 from handbook_src.functional import activation as maths
-from handbook_src.functional.activation import check_finite
-from handbook_src.functional.check import check_positive, check_probability, check_size
+from handbook_src.functional.check import check_finite, check_positive, check_probability, check_size
 
 
 class _Plain(nn.Module):
@@ -245,7 +244,9 @@ class AlphaDropout(nn.Module):
 
 @final
 class GELU(nn.Module):
-    r"""The input times its normal quantile: see :func:`handbook_src.functional.activation.gelu`.
+    r"""The input times the probability that a standard normal lies below it.
+
+    See :func:`handbook_src.functional.activation.gelu`.
 
     Args:
         approximate: ``none`` for the exact form, ``tanh`` for GPT-2's.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from handbook_src.dispatch import Backend
 from handbook_src.functional import embedding as maths
-from handbook_src.functional.check import check_size
+from handbook_src.functional.check import check_parameter_dtype, check_size
 
 
 @final
@@ -64,6 +64,7 @@ class Embedding(nn.Module):
         super().__init__()
         check_size("Embedding", "num_embeddings", num_embeddings)
         check_size("Embedding", "embedding_dim", embedding_dim)
+        check_parameter_dtype("Embedding", dtype)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = maths.check_settings(
             "Embedding", num_embeddings, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse

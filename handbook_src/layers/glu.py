@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handbook_src.dispatch import Backend
-from handbook_src.functional.check import check_features, check_floating, check_probability, check_size
+from handbook_src.functional.check import (
+    check_features,
+    check_floating,
+    check_parameter_dtype,
+    check_probability,
+    check_size,
+)
 from handbook_src.functional.glu import Gate, check_gate, gated
+from handbook_src.functional.linear import check_together
 
 
 @final
@@ -66,6 +73,7 @@ class GatedFeedForward(nn.Module):
         check_size("GatedFeedForward", "dim", dim)
         check_size("GatedFeedForward", "hidden_dim", hidden_dim)
         check_gate("GatedFeedForward", activation)
+        check_parameter_dtype("GatedFeedForward", dtype)
         check_probability("GatedFeedForward", "dropout", dropout)
         self.dim, self.hidden_dim, self.activation = dim, hidden_dim, activation
         self.dropout, self.backend = dropout, backend
@@ -82,6 +90,7 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_floating("GatedFeedForward", x)
         check_features("GatedFeedForward", x, self.dim)
+        check_together("GatedFeedForward", x, weight=self.gate_proj.weight)
         product = gated(self.gate_proj(x), self.up_proj(x), self.activation, backend=self.backend)
         return self.down_proj(F.dropout(product, self.dropout, self.training))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from handbook_src.dispatch import Backend
 from handbook_src.functional import linear as maths
-from handbook_src.functional.check import check_size
+from handbook_src.functional.check import check_parameter_dtype, check_size
 
 
 @final
@@ -37,8 +37,8 @@ class Linear(nn.Module):
         ShapeError: the input has other features, another dtype or device than the parameters, or is not floating.
 
     Source:
-        Rosenblatt 1958, doi:10.1037/h0042519; initial values as torch's, from
-        LeCun, Bottou, Orr & Müller 1998, section 4.6, doi:10.1007/3-540-49430-8_2
+        Rosenblatt 1958, doi:10.1037/h0042519; initial values as torch's, of a third of the variance that
+        LeCun, Bottou, Orr & Müller 1998, section 4.6, doi:10.1007/3-540-49430-8_2 ask for
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Linear(nn.Module):
         super().__init__()
         check_size("Linear", "in_features", in_features)
         check_size("Linear", "out_features", out_features)
+        check_parameter_dtype("Linear", dtype)
         self.in_features, self.out_features, self.backend = in_features, out_features, backend
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.register_parameter("bias", None)
@@ -62,7 +63,10 @@ class Linear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        r"""Draw weight and bias from :math:`U(-1/\sqrt{d}, 1/\sqrt{d})`, ``d`` inputs, in torch's order."""
+        r"""Draw weight and bias from :math:`U(-1/\sqrt{d}, 1/\sqrt{d})`, ``d`` inputs, in torch's order.
+
+        The variance is :math:`1/(3d)`.
+        """
         reset_uniform(self.weight, self.bias, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:

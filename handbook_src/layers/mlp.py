@@ -110,6 +110,16 @@ class _Map(nn.Module):
 
 def _module(activation: type[nn.Module] | Activation, device: Any, dtype: torch.dtype | None) -> nn.Module:
     if isinstance(activation, type):
-        made: nn.Module = activation()
+        try:
+            made = activation()
+        except TypeError:
+            made = None
+        if not isinstance(made, nn.Module):
+            raise ConfigError(
+                "MLP activation",
+                got=activation.__name__,
+                want="a module class that needs no arguments",
+                remedy="Pass an instance, or a function of one tensor.",
+            )
         return made.to(device=device, dtype=dtype)
     return activation if isinstance(activation, nn.Module) else _Map(activation)

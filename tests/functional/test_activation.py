@@ -482,3 +482,11 @@ def test_alpha_dropout_refuses_what_is_no_probability():
         ours.alpha_dropout(draw(3), 0.5, True, True, backend="reference")
     with refuses(ShapeError, "torch.int64"):
         ours.alpha_dropout(torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.law("prelu")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_infinite_input_leaves_the_slopes_gradient_alone(backend):
+    slope = torch.tensor([0.25], requires_grad=True)
+    ours.prelu(torch.tensor([float("inf"), -2.0]), slope, backend=backend)[1:].sum().backward()
+    assert slope.grad == -2.0

@@ -57,12 +57,20 @@ def test_positive_numbers(value):
         check.check_positive("op", "scale", value)
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.0, 1.1, float("nan")])
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.1, float("nan"), "0.5", None, True, False])
 def test_probabilities(value):
     check.check_probability("op", "p", 0.0)
     check.check_probability("op", "p", 1.0, below_one=False)
     with refuses(ConfigError, "op p", repr(value)):
         check.check_probability("op", "p", value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, None, "1"])
+def test_finite_numbers(value):
+    check.check_finite("op", "slope", -1)
+    check.check_finite("op", "slope", 0.5)
+    with refuses(ConfigError, "op slope", repr(value)):
+        check.check_finite("op", "slope", value)
 
 
 def test_one_integer_serves_all_axes():

@@ -130,7 +130,7 @@ def test_half_precision(backend, dtype):
 
 
 @pytest.mark.registration("softmax")
-@pytest.mark.parametrize("integer", [torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("integer", [torch.int32, torch.int16, torch.uint8, torch.uint16], ids=str)
 def test_other_integers_and_meta_and_compile(integer, unchecked):
     x, y = draw(4, 6), classes((4, 6))
     assert torch.equal(cross_entropy(x, y.to(integer)), cross_entropy(x, y))
@@ -186,13 +186,14 @@ def test_wrong_settings_are_refused(monkeypatch):
     for wrong in (-0.1, 1.5, float("nan")):
         with refuses(ConfigError, "label_smoothing", wrong):
             cross_entropy(x, y, label_smoothing=wrong)
-    for wrong in (-1.0, float("inf"), float("nan")):
+    for wrong in (-1.0, float("inf"), float("nan"), True, None, "1"):
         with refuses(ConfigError, "z_loss", wrong):
             cross_entropy(x, y, z_loss=wrong)
     with refuses(ConfigError, "reduction", "average"):
         cross_entropy(x, y, reduction="average")
-    with refuses(ConfigError, "ignore_index", 0.5):
-        cross_entropy(x, y, 0.5)
+    for wrong in (0.5, True, None):
+        with refuses(ConfigError, "ignore_index", repr(wrong)):
+            cross_entropy(x, y, wrong)
     with refuses(ConfigError, "cuda", "reference"):
         cross_entropy(x, y, backend="cuda")
     with refuses(KernelUnavailable, "torch", "z_loss"):

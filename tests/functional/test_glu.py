@@ -125,6 +125,8 @@ def test_equal_parameters():
     assert {d: gated_hidden_dim(d, multiple_of=256) for d in widths} == widths
     assert gated_hidden_dim(1, multiple_of=8) == 8
     assert gated_hidden_dim(6, expansion=1.0) == 4
+    assert gated_hidden_dim(5, expansion=1.9) == 6  # floor(2/3 * floor(9.5))
+    assert gated_hidden_dim(3, expansion=1.6) == 2  # floor(2/3 * 4.8) would be 3
     assert gated_hidden_dim(1, expansion=0.1) == 1
 
 

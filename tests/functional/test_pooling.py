@@ -319,3 +319,22 @@ def test_a_global_pool_of_nothing_is_refused():
         fn.global_pool(torch.randn(2, 3, 4), "sum")
     with refuses(ShapeError, torch.int64):
         fn.global_pool(torch.ones(2, 3, 4, dtype=torch.int64))
+
+
+@pytest.mark.refusal("max-pool", "avg-pool", "global-pool")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_channels_are_refused(backend):
+    x = torch.ones(2, 0, 4, 4)
+    for call in (fn.max_pool2d, fn.avg_pool2d):
+        with refuses(ShapeError, "(2, 0, 4, 4)", "channel"):
+            call(x, 2, backend=backend)
+    for reduce in ("mean", "max"):
+        with refuses(ShapeError, "(2, 0, 4, 4)", "channel"):
+            fn.global_pool(x, reduce)
+
+
+@pytest.mark.registration("avg-pool")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_volumes_of_halves_have_means(backend):
+    x = torch.randn(1, 2, 4, 4, 4).half()
+    assert torch.equal(fn.avg_pool3d(x, 2, backend=backend), F.avg_pool3d(x.float(), 2).half())

@@ -261,3 +261,10 @@ def test_online_softmax_refuses_chunks_and_axes():
         online_softmax(draw(3), 1)
     with refuses(ShapeError, "torch.int64"):
         online_softmax(torch.ones(3, dtype=torch.int64), 0)
+
+
+@pytest.mark.refusal("softmax")
+def test_a_temperature_that_is_zero_in_float32_is_refused():
+    for call in (softmax, log_softmax):
+        with refuses(ConfigError, "temperature", 1e-50):
+            call(torch.ones(3), -1, temperature=1e-50)

@@ -203,3 +203,10 @@ def test_tokens_without_data_find_no_rows():
     ):
         with refuses(ShapeError, "meta", "cpu"):
             layer(tokens)
+
+
+@pytest.mark.refusal("embedding")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_refuses_parameters_that_are_not_floating(dtype):
+    with refuses(ConfigError, "dtype", dtype):
+        Embedding(2, 3, dtype=dtype)

@@ -183,3 +183,16 @@ def test_wrong_inputs_are_refused():
         layer(torch.tensor(1.0))
     with refuses(ShapeError, "torch.int64"):
         layer(torch.ones(2, 4, dtype=torch.long))
+
+
+@pytest.mark.refusal("glu")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_refuses_parameters_that_are_not_floating(dtype):
+    with refuses(ConfigError, "dtype", dtype):
+        GatedFeedForward(4, 8, dtype=dtype)
+
+
+@pytest.mark.refusal("glu")
+def test_refuses_an_input_of_another_dtype():
+    with refuses(ShapeError, "torch.float32", "torch.float64"):
+        GatedFeedForward(4, 8)(torch.ones(2, 4).double())

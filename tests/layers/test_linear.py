@@ -152,3 +152,10 @@ def test_bilinear_refuses_inputs():
     ]:
         with refuses(ShapeError, *values):
             layer(x, z)
+
+
+@pytest.mark.refusal("linear")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_refuses_parameters_that_are_not_floating(dtype):
+    with refuses(ConfigError, "dtype", dtype):
+        ours.Linear(2, 3, dtype=dtype)

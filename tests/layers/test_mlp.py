@@ -194,6 +194,12 @@ def test_refuses_settings_and_inputs():
     for activation in ("relu", None, 3):
         with refuses(ConfigError, "activation", repr(activation)):
             MLP(3, 4, 2, activation)
+    for kind in (int, nn.MultiheadAttention):
+        with refuses(ConfigError, "activation", kind.__name__):
+            MLP(3, 4, 2, kind)
+    for dtype in (torch.int64, torch.complex64):
+        with refuses(ConfigError, dtype):
+            MLP(3, 4, 2, dtype=dtype)
     mlp = MLP(3, 4, 2)
     for x, values in [
         (torch.ones(2, 4), (4, 3)),
