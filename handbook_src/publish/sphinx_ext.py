@@ -113,9 +113,11 @@ def imported(name: str) -> object | None:
 
 
 def fix_page(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: nodes.document) -> None:
-    """Drop Thebe, load the filter where there is something to filter, mend the buttons."""
+    """Drop Thebe, load the filter and the search's mend where they are needed, mend the buttons."""
     if pagename in FILTERED:
         app.add_js_file("handbook-filter.js", loading_method="defer")
+    if pagename == "search":
+        app.add_js_file("handbook-search.js", loading_method="defer")
     context["script_files"] = [
         s
         for s in context.get("script_files", [])
