@@ -377,11 +377,12 @@ def global_pool(
         )
     if reduce not in ("mean", "max"):
         raise ConfigError("global_pool reduce", got=repr(reduce), want="'mean' or 'max'", remedy="Choose one.")
-    kept = [1] * (input.ndim - 2) if keepdim else []
-    flat = input.flatten(2)
-    # torch adds halves in float32; amax would share the gradient between ties
-    y = flat.mean(-1) if reduce == "mean" else F.adaptive_max_pool1d(flat, 1)[..., 0]
-    return y.view(*input.shape[:2], *kept)
+    spatial = tuple(range(2, input.ndim))
+    if reduce == "mean":
+        return input.mean(spatial, keepdim=keepdim)  # torch adds halves in float32
+    # not amax, which would share the gradient between ties
+    y = F.adaptive_max_pool2d(input, 1) if len(spatial) == 2 else F.adaptive_max_pool1d(input.flatten(2), 1)
+    return y.view(*input.shape[:2], *([1] * len(spatial) if keepdim else []))
 
 
 class _Settings(NamedTuple):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handbook_src.dispatch import Backend
@@ -106,6 +107,13 @@ class _Conv(Kernels):
 
     def forward(self, input: Tensor) -> Tensor:
         padding: Any = self.padding
+        if self.backend == "auto" and self.padding_mode == "zeros" and self.axes < 4 and padding != "same":
+            # Checked after a refusal only: the checks take 40 us, a tenth of what a small layer takes.
+            run = (F.conv1d, F.conv2d, F.conv3d)[self.axes - 1]
+            try:
+                return run(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+            except RuntimeError:
+                check_conv(type(self).__name__, self.axes, input, self.weight, self.bias, self.groups)
         if self.padding_mode != "zeros":
             check_conv(type(self).__name__, self.axes, input, self.weight, self.bias, self.groups)
             input, padding = maths.pad_borders(input, self._geometry, self.padding_mode), 0
