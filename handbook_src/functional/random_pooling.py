@@ -122,24 +122,7 @@ def fractional_max_pool2d(
                 remedy="Ask for fewer outputs or a smaller kernel.",
             )
     x = input if input.ndim == 4 else input[None]
-    samples = _random_samples
-    if samples is None:
-        samples = torch.rand(*x.shape[:2], 2, dtype=x.dtype, device=x.device)
-    elif not samples.is_floating_point() or samples.device != x.device:
-        raise ShapeError(
-            f"{op} _random_samples",
-            got=f"{samples.dtype} on {samples.device}",
-            want=f"a floating-point dtype on {x.device}",
-            remedy="Leave it out to have them drawn.",
-        )
-    elif tuple(samples.shape) != (*x.shape[:2], 2):
-        raise ShapeError(
-            f"{op} _random_samples",
-            got=tuple(samples.shape),
-            want=f"{(*x.shape[:2], 2)}: one u for each plane and axis",
-            remedy="Leave it out to have them drawn.",
-        )
-    samples = samples.to(x.dtype)
+    samples = _samples(op, x, _random_samples)
     if resolve(op, backend, {"torch": None, "reference": None}) == "torch":
         run: Callable[..., Tensor] = F.fractional_max_pool2d
         return run(input, kernel, outs, None, return_indices, samples)
@@ -149,6 +132,27 @@ def fractional_max_pool2d(
     places = found.places.gather(-1, at[..., None])[..., 0]
     shape = (*input.shape[:-2], *outs)
     return (values.view(shape), places.view(shape)) if return_indices else values.view(shape)
+
+
+def _samples(op: str, x: Tensor, given: Tensor | None) -> Tensor:
+    """Return one u for each plane and axis: the given ones, checked, or new ones."""
+    if given is None:
+        return torch.rand(*x.shape[:2], 2, dtype=x.dtype, device=x.device)
+    if not given.is_floating_point() or given.device != x.device:
+        raise ShapeError(
+            f"{op} _random_samples",
+            got=f"{given.dtype} on {given.device}",
+            want=f"a floating-point dtype on {x.device}",
+            remedy="Leave it out to have them drawn.",
+        )
+    if tuple(given.shape) != (*x.shape[:2], 2):
+        raise ShapeError(
+            f"{op} _random_samples",
+            got=tuple(given.shape),
+            want=f"{(*x.shape[:2], 2)}: one u for each plane and axis",
+            remedy="Leave it out to have them drawn.",
+        )
+    return given.to(x.dtype)
 
 
 def _refuse_negative(op: str, x: Tensor) -> None:

@@ -179,6 +179,10 @@ def test_bad_input_is_refused() -> None:
         for empty in ((3, 3, 0), (0, 3, 2)):
             with refuses(ShapeError, "weight", empty):
                 char_cnn(words([1]), table, [draw(*empty)], [draw(empty[0])], backend=backend)
+
+
+@pytest.mark.refusal("char-cnn-embedding")
+def test_bad_highways_and_words_are_refused() -> None:
     for name, shape in (("weight", (4, 5)), ("bias", (1,)), ("gate_weight", (1, 5)), ("gate_bias", (4,))):
         parts = {"weight": draw(5, 5), "bias": draw(5), "gate_weight": draw(5, 5), "gate_bias": draw(5)}
         with refuses(ShapeError, f"highway {name}", shape):

@@ -143,6 +143,12 @@ def test_bad_ids_and_tables_are_refused() -> None:
             call(None, tuple(t.bfloat16() for t in three), inputs_embeds=draw(2, 4, 5).float(), backend=backend)
         with refuses(ShapeError, "inputs_embeds", torch.int64):
             call(None, three, inputs_embeds=torch.ones(2, 4, 5, dtype=torch.long), backend=backend)
+
+
+@pytest.mark.refusal(ID)
+def test_bad_choices_are_refused() -> None:
+    ids, three = torch.zeros(2, 4, dtype=torch.long), tables()
+    call = token_position_segment_embedding
     with refuses(ConfigError, "both"):
         call(ids, three, inputs_embeds=draw(2, 4, 5))
     with refuses(ConfigError, "neither"):
