@@ -16,6 +16,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, Resolved, resolve
 from handbook_src.errors import ShapeError
 from handbook_src.functional.check import check_features, check_floating
+from handbook_src.functional.norm import at_least_float32
 
 #: Largest intermediate, in numbers, for which ``bilinear`` contracts all outputs at once: 64 MB of float32.
 AT_ONCE = 2**24
@@ -96,11 +97,6 @@ def bilinear(
     left = einsum(x, w, "... d1, f d1 d2 -> ... f d2")
     y = einsum(left, z, "... f d2, ... d2 -> ... f")
     return (y if bias is None else y + bias).to(input1.dtype)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Widen float16 and bfloat16 to float32; leave float32 and float64 alone."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

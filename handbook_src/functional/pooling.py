@@ -22,6 +22,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import as_tuple, check_floating, check_rank, check_size
+from handbook_src.functional.norm import at_least_float32
 
 Sizes = int | Sequence[int]
 AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
@@ -307,7 +308,7 @@ def adaptive_avg_pool(
         op: Callable[..., Tensor] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[axes]
         return op(input, sizes if axes > 1 else sizes[0])
     x = _batched(input, axes)
-    found = cut(_at_least_float32(x), _adaptive_positions(x, sizes))
+    found = cut(at_least_float32(x), _adaptive_positions(x, sizes))
     mean = found.values.sum(-1) / found.inside.sum(-1)
     return mean.to(input.dtype).view(*input.shape[:-axes], *sizes)
 
@@ -425,10 +426,6 @@ def _batched(x: Tensor, axes: int) -> Tensor:
     return x if x.ndim == axes + 2 else x[None]
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype.itemsize < 4 else x
-
-
 def _largest(input: Tensor, found: Windows, axes: int, return_indices: bool) -> Tensor | tuple[Tensor, Tensor]:
     values, at = found.values.masked_fill(~found.inside, -torch.inf).max(-1)
     places = found.places.expand(*values.shape, -1).gather(-1, at[..., None])[..., 0]
@@ -458,7 +455,7 @@ def _avg_pool(axes: int, input: Tensor, settings: _Settings, ceil_mode: bool, co
         more = () if axes == 1 else (divisor,)
         return op(input, *settings[:3], ceil_mode, count_include_pad, *more)
     x = _batched(input, axes)
-    found = cut(_at_least_float32(x), _positions(x, axes, settings, ceil_mode))
+    found = cut(at_least_float32(x), _positions(x, axes, settings, ceil_mode))
     counted = found.inside.sum(-1)
     if count_include_pad:
         counted = torch.ones((), dtype=torch.long, device=x.device)

@@ -22,7 +22,8 @@ from torch import Tensor
 from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_features, check_floating
-from handbook_src.functional.linear import at_least_float32, check_bias, check_linear, check_together, linear
+from handbook_src.functional.linear import check_bias, check_linear, check_together, linear
+from handbook_src.functional.norm import at_least_float32
 
 Packed = tuple[Float[Tensor, "f half"], UInt8[Tensor, "f bytes"]]
 
