@@ -48,8 +48,14 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Switch the shape checker off: dynamo can't trace it."""
+    """Switch the shape checker off, which dynamo can't trace, and forget what was compiled.
+
+    The checker's wrapper is one code object for every function: after eight compilations in
+    one process dynamo would refuse the ninth, whichever test it belongs to.
+    """
     import jaxtyping
+
+    torch.compiler.reset()
 
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
