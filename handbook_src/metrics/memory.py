@@ -32,7 +32,7 @@ def peak_bytes(call: Callable[[], Any], *, device: torch.device | str = "cpu") -
         ConfigError: ``call`` can't be called.
 
     Example:
-        >>> peak_bytes(lambda: torch.zeros(1000) + 1)
+        >>> peak_bytes(lambda: torch.zeros(1000).neg())
         8000
     """
     if not callable(call):
