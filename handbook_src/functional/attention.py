@@ -65,7 +65,7 @@ def scaled_dot_product_attention(
     Source:
         Vaswani et al. 2017, eq. 1, arXiv:1706.03762
     """
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     check_numbers(scale, dropout)
     chosen = resolve("scaled_dot_product_attention", backend, {"torch": None, "reference": None})
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -108,7 +108,7 @@ def attention_weights(
     Source:
         Vaswani et al. 2017, eq. 1, arXiv:1706.03762
     """
-    _check_qkv(q, k, k)
+    check_qkv(q, k, k)
     check_numbers(scale, 0.0)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     mask = _dense(_joined(mask, causal, q, k), q, k)
@@ -248,7 +248,7 @@ def check_mask(mask: MaskLike | None, b: int, h: int, t: int, s: int) -> None:
         refuse("attention mask", shape, want, "Name all four axes, b h t s, where it differs by sample or head.")
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim == 4 and q.shape[3] == 0:
         refuse("attention inputs", f"q {tuple(q.shape)}", "at least one feature a head", "1/sqrt(0) is no scale.")
     if q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3] and q.shape[::3] == k.shape[::3]:
