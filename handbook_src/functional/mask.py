@@ -39,7 +39,7 @@ class Mask:
     Rules compose with ``&`` (both), ``|`` (either) and ``~`` (not).  The vocabulary:
     ``full``, ``causal``, ``anticausal``, ``window``, ``sinks``, ``prefix``,
     ``prefix_lm``, ``padding``, ``left_padding``, ``dilated``, ``global_tokens``,
-    ``random``, ``block``, ``documents`` and ``per_head``.  A rule of one's own:
+    ``random``, ``block``, ``strided``, ``fixed``, ``along``, ``documents`` and ``per_head``.  A rule of one's own:
     ``Mask("even", lambda b, h, t, s: s % 2 == 0)``.
 
     Args:
@@ -294,17 +294,75 @@ def random(share: float, seed: int = 0) -> Mask:
     return Mask(f"random({share}, seed={seed})", drawn)
 
 
-def block(n: int, layout: Bool[Tensor, "rows columns"] | None = None) -> Mask:
-    """Blocks of ``n`` positions that see only themselves, or the key blocks that ``layout`` grants them."""
+def block(n: int, layout: Bool[Tensor, "*heads rows rows"] | None = None) -> Mask:
+    """Blocks of ``n`` positions that see only themselves, or the key blocks that ``layout`` grants them.
+
+    A layout may have a leading axis: one matrix for each head.
+    """
     _at_least("block size", n, 1)
     if layout is None:
         return Mask(f"block({n})", lambda b, h, t, s: t // n == s // n)
-    if layout.ndim != 2 or layout.dtype != torch.bool or layout.shape[0] != layout.shape[1]:
+    if layout.ndim not in (2, 3) or layout.dtype != torch.bool or layout.shape[-2] != layout.shape[-1]:
         got = f"{tuple(layout.shape)} {layout.dtype}"
-        remedy = "One row for each query block, one column for each key block."
+        remedy = "One row for each query block, one column for each key block; heads, if any, first."
         raise ShapeError("block layout", got=got, want="a square boolean matrix", remedy=remedy)
-    text = f"block({n}, layout={_brief(layout)})"
-    return Mask(text, lambda b, h, t, s: layout.to(t.device)[t // n, s // n], extent=n * len(layout))
+    text, extent = f"block({n}, layout={_brief(layout)})", n * layout.shape[-1]
+    if layout.ndim == 3:
+        by_head: MaskMod = lambda b, h, t, s: layout.to(t.device)[h, t // n, s // n]  # noqa: E731
+        return Mask(text, by_head, heads=len(layout), extent=extent)
+    return Mask(text, lambda b, h, t, s: layout.to(t.device)[t // n, s // n], extent=extent)
+
+
+def strided(stride: int) -> Mask:
+    r"""The Sparse Transformer's strided pattern: the ``stride`` keys before the query, and every ``stride``-th.
+
+    .. math:: M(t, s) = [s \le t] \land \big( [t - s \le l] \lor [(t - s) \bmod l = 0] \big)
+
+    Child et al. 2019, section 4.3, arXiv:1904.10509.  The first half alone is ``causal & window(stride + 1)``, the
+    second ``causal & dilated(stride)``.
+    """
+    _at_least("stride", stride, 1)
+    rule = causal & (window(stride + 1) | dilated(stride))
+    rule.text, rule._outermost = f"strided({stride})", ""
+    return rule
+
+
+def fixed(stride: int, summary: int = 1) -> Mask:
+    r"""The Sparse Transformer's fixed pattern: the query's own block, and the last ``summary`` keys of every block.
+
+    .. math:: M(t, s) = [s \le t] \land
+        \big( [\lfloor t / l \rfloor = \lfloor s / l \rfloor] \lor [s \bmod l \ge l - c] \big)
+
+    Child et al. 2019, section 4.3, arXiv:1904.10509.  The first half alone is ``causal & block(stride)``.
+    """
+    _at_least("stride", stride, 1)
+    _at_least("summary keys of a block", summary, 1)
+    if summary > stride:
+        remedy = "With summary = stride it is the causal rule."
+        raise ConfigError("summary keys of a block", got=summary, want=f"at most the stride {stride}", remedy=remedy)
+    ends = Mask("ends", lambda b, h, t, s: s % stride >= stride - summary)
+    rule = causal & (block(stride) | ends)
+    rule.text, rule._outermost = f"fixed({stride}, {summary})", ""
+    return rule
+
+
+def along(axis: int, *shape: int) -> Mask:
+    """Positions of a grid that differ along ``axis`` alone, the grid being read row by row.
+
+    On a picture of ``height`` by ``width``, ``along(1, height, width)`` is ``block(width)``, the rows, and
+    ``along(0, height, width)`` is ``dilated(width)``, the columns.
+    """
+    for n in shape:
+        _at_least("axis of a grid", n, 1)
+    if not isinstance(axis, int) or isinstance(axis, bool) or not 0 <= axis < len(shape):
+        want = f"0 to {len(shape) - 1}" if shape else "a grid of one axis or more"
+        raise ConfigError("axis of a grid", got=repr(axis), want=want, remedy="Count the axes from the first.")
+    step = reduce(operator.mul, shape[axis + 1 :], 1)
+
+    def same_line(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (t - t // step % shape[axis] * step) == (s - s // step % shape[axis] * step)
+
+    return Mask(f"along({axis}, {', '.join(map(str, shape))})", same_line, extent=reduce(operator.mul, shape))
 
 
 def documents(ids: Int[Tensor, "b n"]) -> Mask:
@@ -331,6 +389,11 @@ def per_head(*rules: Mask) -> Mask:
     mask = _composed("", f"per_head({', '.join(map(str, rules))})", chosen, *rules)
     mask.heads = len(rules)
     return mask
+
+
+def _looked_up(table: Tensor, rows: Any, columns: Any) -> Any:
+    """Entries of a table; the spans of ``block_plan`` look whole blocks up."""
+    return table.to(rows.device)[rows, columns] if isinstance(rows, Tensor) else rows.lookup(table, columns)
 
 
 def _composed(outermost: str, text: str, allows: MaskMod, *parts: Mask) -> Mask:

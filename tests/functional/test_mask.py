@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.mask import (
     Mask,
+    along,
     anticausal,
     block,
     causal,
     dilated,
     documents,
+    fixed,
     full,
     global_tokens,
     left_padding,
@@ -30,6 +32,7 @@ from handbook_src.functional.mask import (
     prefix_lm,
     random,
     sinks,
+    strided,
     window,
 )
 from handbook_src.testing import refuses
@@ -59,6 +62,14 @@ DEFINITIONS: list[tuple[Mask, Callable[[int, int, int, int], bool]]] = [
     (global_tokens(1, 5), lambda b, h, t, s: t in (1, 5) or s in (1, 5)),
     (block(3), lambda b, h, t, s: t // 3 == s // 3),
     (block(3, LAYOUT), lambda b, h, t, s: bool(LAYOUT[t // 3, s // 3])),
+    (block(3, torch.stack([LAYOUT, ~LAYOUT])), lambda b, h, t, s: bool(LAYOUT[t // 3, s // 3]) != (h == 1)),
+    (strided(1), lambda b, h, t, s: s <= t),
+    (strided(3), lambda b, h, t, s: s in range(max(0, t - 3), t + 1) or s in range(t, -1, -3)),
+    (fixed(3), lambda b, h, t, s: s <= t and (s // 3 == t // 3 or s % 3 == 2)),
+    (fixed(4, 2), lambda b, h, t, s: s <= t and (s // 4 == t // 4 or s % 4 in (2, 3))),
+    (along(0, 3, 3), lambda b, h, t, s: t % 3 == s % 3),
+    (along(1, 2, 4), lambda b, h, t, s: t // 4 == s // 4),
+    (along(1, 2, 2, 2), lambda b, h, t, s: t % 2 == s % 2 and t // 4 == s // 4),
     (documents(IDS), lambda b, h, t, s: bool(IDS[b, t] == IDS[b, s])),
     (per_head(causal, window(2)), lambda b, h, t, s: s <= t if h == 0 else abs(t - s) < 2),
     (causal & (window(3) | sinks(1)), lambda b, h, t, s: s <= t and (abs(t - s) < 3 or s < 1)),
@@ -266,6 +277,40 @@ def test_refusals() -> None:
         padding(LENGTHS) & padding(torch.tensor([1, 2, 3]))
     with refuses(ShapeError, "heads", [2, 3]):
         per_head(full, full) & per_head(full, full, full)
+
+
+@pytest.mark.refusal("attention-masks", "chunked-attention", "axial-attention")
+def test_refusals_of_the_sparse_patterns() -> None:
+    for wrong in (0, -1, True, 2.0, None):
+        with refuses(ConfigError, "stride", wrong):
+            strided(wrong)
+        with refuses(ConfigError, "stride", wrong):
+            fixed(wrong)
+        with refuses(ConfigError, "summary keys", wrong):
+            fixed(4, wrong)
+        with refuses(ConfigError, "axis of a grid", wrong):
+            along(0, 3, wrong)
+    with refuses(ConfigError, "summary keys", 5, 4):
+        fixed(4, 5)
+    for axis in (2, -1, True, 0.0):
+        with refuses(ConfigError, "axis of a grid", axis, "0 to 1"):
+            along(axis, 3, 3)
+    with refuses(ConfigError, "axis of a grid", "one axis or more"):
+        along(0)
+    with refuses(ShapeError, "along(0, 3, 3)", 10, 9):
+        along(0, 3, 3).dense(10)
+    with refuses(ShapeError, "block layout", (2, 2, 3)):
+        block(3, torch.ones(2, 2, 3).bool())
+
+
+@pytest.mark.law("chunked-attention", "axial-attention")
+def test_the_sparse_patterns_are_what_older_words_say() -> None:
+    torch.testing.assert_close(along(1, 3, 5).dense(15), block(5).dense(15))
+    torch.testing.assert_close(along(0, 3, 5).dense(15), dilated(5).dense(15))
+    torch.testing.assert_close(fixed(4, 4).dense(11), causal.dense(11))
+    torch.testing.assert_close(strided(20).dense(11), causal.dense(11))
+    assert str(strided(3) | fixed(4)) == "strided(3) | fixed(4, 1)"
+    assert str(window(2) & strided(3)) == "window(2) & strided(3)"
 
 
 @pytest.mark.refusal("attention-masks")
