@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol, final, runtime_checkable
 
@@ -41,10 +42,14 @@ class MultiHeadAttention(nn.Module):
     Args:
         dim: features of ``x`` and of the output.
         heads: number of heads.
+        kv_heads: number of key and value heads, each shared by ``heads // kv_heads`` consecutive query heads;
+            ``heads`` unless given.  :mod:`handbook_src.layers.grouped_query` has the layers of that name.
         kv_dim: features of ``memory``; ``dim`` unless given.
         head_dim: features of a head; ``dim // heads`` unless given.
         dropout: share of the weights dropped in training.
         bias: whether the four projections have one.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         ``x`` is ``b t d``, ``memory`` is ``b s kv_dim``, the output is ``b t d``.
@@ -55,7 +60,7 @@ class MultiHeadAttention(nn.Module):
 
     Raises:
         ConfigError: sizes that are not positive, heads that don't divide ``dim``,
-            dropout outside [0, 1).
+            ``kv_heads`` that don't divide ``heads``, dropout outside [0, 1).
 
     Source:
         Vaswani et al. 2017, section 3.2.2, arXiv:1706.03762
@@ -66,28 +71,37 @@ class MultiHeadAttention(nn.Module):
         dim: int,
         heads: int,
         *,
+        kv_heads: int | None = None,
         kv_dim: int | None = None,
         head_dim: int | None = None,
         dropout: float = 0.0,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         kv_dim = dim if kv_dim is None else kv_dim
+        kv_heads = heads if kv_heads is None else kv_heads
         if head_dim is None and heads > 0 and dim % heads:
             raise ConfigError(
                 "heads", got=f"{heads} for dim {dim}", want="a divisor of dim", remedy="Or give head_dim itself."
             )
         head_dim = dim // max(heads, 1) if head_dim is None else head_dim
-        if min(dim, heads, kv_dim, head_dim) < 1:
-            got = f"dim {dim}, heads {heads}, kv_dim {kv_dim}, head_dim {head_dim}"
+        if min(dim, heads, kv_heads, kv_dim, head_dim) < 1:
+            got = f"dim {dim}, heads {heads}, kv_heads {kv_heads}, kv_dim {kv_dim}, head_dim {head_dim}"
             raise ConfigError("attention sizes", got=got, want="all at least 1", remedy="Give positive sizes.")
+        if heads % kv_heads:
+            raise ConfigError(
+                "kv_heads", got=f"{kv_heads} for {heads} heads", want="a divisor of heads", remedy="1 shares one head."
+            )
         if not 0.0 <= dropout < 1.0:
             raise ConfigError("attention dropout", got=dropout, want="a share in [0, 1)", remedy="Typical: 0 to 0.1.")
         self.dim, self.heads, self.kv_dim, self.head_dim, self.dropout = dim, heads, kv_dim, head_dim, dropout
-        self.q_proj = nn.Linear(dim, heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(kv_dim, heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(kv_dim, heads * head_dim, bias=bias)
-        self.out_proj = nn.Linear(heads * head_dim, dim, bias=bias)
+        self.kv_heads, out, shared = kv_heads, heads * head_dim, kv_heads * head_dim
+        self.q_proj = nn.Linear(dim, out, bias=bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(kv_dim, shared, bias=bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(kv_dim, shared, bias=bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(out, dim, bias=bias, device=device, dtype=dtype)
         self.kept_heads = list(range(heads))
         self.reset_parameters()
 
@@ -143,9 +157,16 @@ class MultiHeadAttention(nn.Module):
             rearrange(proj(y), "b t (h e) -> b t h e", e=self.head_dim)
             for proj, y in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
         )
+        q, k = self._turned(q, k, memory, cache)
         if cache is not None:
             k, v = cache.update(k, v)
         return q, k, v
+
+    def _turned(
+        self, q: Tensor, k: Tensor, memory: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Give queries and keys their positions, where a layer has them; before a cache sees the keys."""
+        return q, k
 
     @torch.no_grad()
     def prune_heads(self, heads: Iterable[int]) -> None:
@@ -153,12 +174,14 @@ class MultiHeadAttention(nn.Module):
 
         The output equals that of a layer in which these heads' columns of
         ``out_proj`` are zero.  Parameters are new objects: build the optimizer after.
+        A shared key and value head goes with the last query head that reads it.
 
         Args:
             heads: original numbers of the heads to remove; ``kept_heads`` lists what is left.
 
         Raises:
-            ConfigError: a head that is not there (any more), or no head would be left.
+            ConfigError: a head that is not there (any more), no head would be left, or the key heads that
+                stay would be shared by unequal numbers of query heads.
 
         Source:
             Michel et al. 2019, arXiv:1905.10650
@@ -172,20 +195,32 @@ class MultiHeadAttention(nn.Module):
                 remedy="Heads keep their original numbers when others are pruned.",
             )
         keep = [i for i, head in enumerate(self.kept_heads) if head not in gone]
-        rows = (torch.tensor(keep)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
-        for proj in (self.q_proj, self.k_proj, self.v_proj):
-            proj.weight = _part(proj.weight, rows, 0)
+        readers = Counter(i // (self.heads // self.kv_heads) for i in keep)  # of each key head that stays
+        if len(set(readers.values())) > 1:
+            raise ConfigError(
+                "heads to prune",
+                got=f"{sorted(gone)}, which leaves groups of {list(readers.values())}",
+                want="groups of one size",
+                remedy="Prune as many heads of each group, or a whole group.",
+            )
+        rows, shared = (
+            (torch.tensor(kept)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+            for kept in (keep, list(readers))
+        )
+        for proj, left in ((self.q_proj, rows), (self.k_proj, shared), (self.v_proj, shared)):
+            proj.weight = _part(proj.weight, left, 0)
             if proj.bias is not None:
-                proj.bias = _part(proj.bias, rows, 0)
-            proj.out_features = len(rows)
+                proj.bias = _part(proj.bias, left, 0)
+            proj.out_features = len(left)
         self.out_proj.weight = _part(self.out_proj.weight, rows, 1)
         self.out_proj.in_features = len(rows)
         self.kept_heads = [head for head in self.kept_heads if head not in gone]
-        self.heads = len(self.kept_heads)
+        self.heads, self.kv_heads = len(self.kept_heads), len(readers)
 
     def extra_repr(self) -> str:
         pruned = "" if self.kept_heads == list(range(self.heads)) else f", kept_heads={self.kept_heads}"
-        return f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, dropout={self.dropout}{pruned}"
+        shared = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
+        return f"{self.dim}, heads={self.heads}{shared}, head_dim={self.head_dim}, dropout={self.dropout}{pruned}"
 
 
 def _part(old: Tensor, index: Tensor, dim: int) -> nn.Parameter:
