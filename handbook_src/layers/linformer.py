@@ -1,0 +1,139 @@
+"""Linformer's attention as a layer: learned mixtures of the keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, final
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from handbook_src.errors import ConfigError
+from handbook_src.functional.check import check_size
+from handbook_src.functional.linformer import linformer_attention, linformer_weights
+from handbook_src.functional.mask import Mask
+from handbook_src.layers.attention import MultiHeadAttention
+
+Sharing = Literal["none", "headwise", "key-value"]
+SHARING = ("none", "headwise", "key-value")
+
+
+@final
+class LinformerAttention(MultiHeadAttention):
+    r"""Multi-head attention to ``rank`` learned mixtures of keys and values.
+
+    .. math::
+        \operatorname{head}_i = \operatorname{softmax}\!\Big(\frac{X W_i^Q (E_i X W_i^K)^\top}{\sqrt e}\Big)
+        \cdot F_i X W_i^V
+
+    Each head is :func:`handbook_src.functional.linformer.linformer_attention`.  With ``rank`` equal to
+    ``length`` and identities for E and F it is full attention.  It has no causal form.
+
+    Args:
+        dim: features of ``x`` and of the output.
+        heads: number of heads.
+        length: longest sequence; a shorter one uses the first columns of E and F.
+        rank: number of mixtures, k in the paper.
+        share: ``none`` gives each head its E and F, ``headwise`` one E and one F to all heads,
+            ``key-value`` one E that serves as F too.  To share between layers, assign one layer's
+            ``key_projection`` (and ``value_projection``) to the other.
+        kv_dim: features of ``memory``; ``dim`` unless given.
+        head_dim: features of a head; ``dim // heads`` unless given.
+        dropout: share of the weights dropped in training.
+        bias: whether the four projections of features have one.
+
+    Shape:
+        ``x`` is ``b t d``, ``memory`` is ``b s kv_dim``, the output is ``b t d``.
+
+    Typical values:
+        rank 128 to 256 for 512 to 4096 positions; ``key-value`` or layerwise sharing (paper, figure 3).
+
+    Raises:
+        ConfigError: sizes that are not positive, heads that don't divide ``dim``, an unknown
+            sharing, dropout outside [0, 1); (forward) ``causal``.
+
+    Source:
+        Wang et al. 2020, eq. 7 and section 4, arXiv:2006.04768
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        length: int,
+        rank: int,
+        *,
+        share: Sharing = "headwise",
+        kv_dim: int | None = None,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        for name, size in (("heads", heads), ("length", length), ("rank", rank)):
+            check_size("Linformer attention", name, size)
+        if share not in SHARING:
+            remedy = "For layerwise sharing assign one layer's parameters to the other."
+            raise ConfigError("Linformer sharing", got=repr(share), want=f"one of {list(SHARING)}", remedy=remedy)
+        super().__init__(dim, heads, kv_dim=kv_dim, head_dim=head_dim, dropout=dropout, bias=bias)
+        self.length, self.rank, self.share = length, rank, share
+        shape = (heads, rank, length) if share == "none" else (rank, length)
+        self.key_projection = nn.Parameter(torch.empty(shape))
+        self.value_projection = None if share == "key-value" else nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as multi-head attention does, and E and F as a linear layer over positions would."""
+        super().reset_parameters()
+        for projection in (getattr(self, "key_projection", None), getattr(self, "value_projection", None)):
+            if projection is not None:
+                nn.init.uniform_(projection, -(self.length**-0.5), self.length**-0.5)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Float[Tensor, "b t d"],
+        memory: Float[Tensor, "b s kv_dim"] | None = None,
+        mask: Mask | Bool[Tensor, ...] | None = None,
+        causal: bool = False,
+    ) -> Float[Tensor, "b t d"]:
+        """Attend from ``x`` to mixtures of ``memory`` (or of ``x`` itself); ``causal`` is refused."""
+        _refuse_causal(causal)
+        q, k, v = self._project(x, memory, None)
+        dropout = self.dropout if self.training else 0.0
+        out = linformer_attention(q, k, v, self.key_projection, self.value_projection, mask, dropout=dropout)
+        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+
+    def weights(
+        self,
+        x: Float[Tensor, "b t d"],
+        memory: Float[Tensor, "b s kv_dim"] | None = None,
+        mask: Mask | Bool[Tensor, ...] | None = None,
+        causal: bool = False,
+    ) -> Float[Tensor, "b h t n"]:
+        """Return each head's weights over the mixtures, without dropout."""
+        _refuse_causal(causal)
+        q, k, _ = self._project(x, memory, None)
+        return linformer_weights(q, k, self.key_projection, mask)
+
+    def prune_heads(self, heads: Iterable[int]) -> None:
+        """Remove heads as :meth:`MultiHeadAttention.prune_heads` does, with their E and F."""
+        before = self.kept_heads
+        super().prune_heads(heads)
+        if self.share == "none" and self.value_projection is not None:
+            left = [before.index(i) for i in self.kept_heads]
+            self.key_projection = nn.Parameter(self.key_projection.detach()[left])
+            self.value_projection = nn.Parameter(self.value_projection.detach()[left])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, length={self.length}, rank={self.rank}, share={self.share}"
+
+
+def _refuse_causal(causal: bool) -> None:
+    if causal:
+        raise ConfigError(
+            "Linformer attention causal",
+            got=causal,
+            want="False",
+            remedy="Mixtures of keys hold the future: for a causal model take LinearAttention or a window.",
+        )
