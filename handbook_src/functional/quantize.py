@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from handbook_src.errors import ConfigError
+from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.check import check_floating
 
 #: The largest number each storage type holds.
 QUANTIZED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -23,8 +24,16 @@ def quantize(x: Float[Tensor, "*lead e"], dtype: torch.dtype = torch.int8) -> tu
     The scale is float32 and never subnormal; a vector of zeros gets scale 1; NaN and
     infinity come back as NaN.
 
+    Args:
+        x: vectors of at least one feature; float64 is rounded through float32.
+        dtype: ``torch.int8`` or ``torch.float8_e4m3fn``.
+
+    Returns:
+        The rounded vectors and their scales.
+
     Raises:
         ConfigError: ``dtype`` is neither int8 nor float8_e4m3fn.
+        ShapeError: integers, or vectors without features.
 
     Source:
         Dettmers et al. 2022, section 2.1 (absmax), arXiv:2208.07339;
@@ -37,6 +46,9 @@ def quantize(x: Float[Tensor, "*lead e"], dtype: torch.dtype = torch.int8) -> tu
             want=f"one of {list(QUANTIZED)}",
             remedy="int8 rounds finest on Gaussian values.",
         )
+    check_floating("quantize", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ShapeError("quantize x", got=tuple(x.shape), want="vectors, *lead e", remedy="Features stand last.")
     top = x.detach().float().abs().amax(-1, keepdim=True)
     scale = torch.where(top == 0, torch.ones_like(top), (top / QUANTIZED[dtype]).clamp_min(torch.finfo(top.dtype).tiny))
     scaled = x.detach().float() / scale

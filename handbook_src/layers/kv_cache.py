@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.check import check_size
 from handbook_src.functional.quantize import QUANTIZED, quantize
 
-KV = tuple[Float[Tensor, "b s h e"], Float[Tensor, "b s h e"]]
+KV = tuple[Float[Tensor, "b s h e"], Float[Tensor, "b s h c"]]
 
 
 class KVCache(ABC):
@@ -31,7 +32,8 @@ class KVCache(ABC):
     bottom-right. Nothing is rounded unless the kind says so.
 
     Shape:
-        ``k, v``: ``b t h e`` of the new tokens in; ``b s h e`` of all kept tokens out.
+        ``k`` is ``b t h e`` and ``v`` is ``b t h c`` of the new tokens in, with ``s`` for ``t`` of all kept
+        tokens out; ``c = e`` as a rule, and not for latent or differential attention.
 
     Typical values:
         float16 or bfloat16 storage; GPT-2 124M keeps 36 KiB a token in float16.
@@ -42,19 +44,19 @@ class KVCache(ABC):
 
     def __init__(self) -> None:
         self.seen = 0
-        self._like: Tensor | None = None
+        self._like: tuple[object, ...] | None = None
 
-    def update(self, k: Float[Tensor, "b t h e"], v: Float[Tensor, "b t h e"]) -> KV:
+    def update(self, k: Float[Tensor, "b t h e"], v: Float[Tensor, "b t h c"]) -> KV:
         """Store the keys and values of new tokens and return all that may be attended to.
 
         Raises:
-            ShapeError: not ``b t h e``, or another batch, head layout, dtype or device than before;
-                no room left; or gradients asked of a kind that writes in place.
+            ShapeError: not ``b t h e`` floats, or another batch, head layout, dtype or device than before;
+                no room left; or gradients asked of a kind that stores copies.
         """
         self._check(k, v)
         kv = self._store(k, v)
         if self._like is None:  # after the store: a refused update binds nothing
-            self._like = k.detach()[:, :0]
+            self._like = _layout(k, v)
         self.seen += k.shape[1]
         return kv
 
@@ -82,24 +84,27 @@ class KVCache(ABC):
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         name = type(self).__name__
-        if k.ndim != 4 or k.shape != v.shape:
+        if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or 0 in (*k.shape[2:], v.shape[3]):
             raise ShapeError(
                 f"{name}.update k, v",
                 got=f"{tuple(k.shape)} and {tuple(v.shape)}",
-                want="two tensors b t h e of one shape",
+                want="k b t h e and v b t h c, of the same tokens and heads",
                 remedy="Split the heads before caching.",
             )
-        like = self._like
-        if like is not None:
-            was = (like.shape[0], *like.shape[2:], like.dtype, like.device)
-            now = (k.shape[0], *k.shape[2:], k.dtype, k.device)
-            if was != now:
-                raise ShapeError(
-                    f"{name}.update batch, heads, features, dtype, device",
-                    got=now,
-                    want=f"{was}, as in the first update",
-                    remedy="Call reset() before another batch, and one cache a layer.",
-                )
+        if (k.dtype, k.device) != (v.dtype, v.device) or not k.is_floating_point():
+            raise ShapeError(
+                f"{name}.update k, v",
+                got=f"{k.dtype} on {k.device} and {v.dtype} on {v.device}",
+                want="floats of one dtype on one device",
+                remedy="Convert one of them with .to().",
+            )
+        if self._like is not None and self._like != _layout(k, v):
+            raise ShapeError(
+                f"{name}.update batch, heads, features of k and v, dtype, device",
+                got=_layout(k, v),
+                want=f"{self._like}, as in the first update",
+                remedy="Call reset() before another batch, and one cache a layer.",
+            )
         if not isinstance(self, AppendCache) and torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ShapeError(
                 f"{name}.update",
@@ -107,6 +112,11 @@ class KVCache(ABC):
                 want="plain values: this kind stores copies, through which no gradient would flow",
                 remedy="Decode under torch.no_grad(), or use AppendCache.",
             )
+
+
+def _layout(k: Tensor, v: Tensor) -> tuple[object, ...]:
+    """What must not change between two updates."""
+    return (k.shape[0], *k.shape[2:], v.shape[3], k.dtype, k.device)
 
 
 def held_bytes(*tensors: Tensor | None) -> int:
@@ -155,12 +165,10 @@ class StaticCache(KVCache):
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
-        if capacity < 1:
-            raise ConfigError(
-                "StaticCache capacity", got=capacity, want="at least 1", remedy="Pass the context length."
-            )
+        check_size("StaticCache", "capacity", capacity)
         self.capacity = capacity
         self._k, self._v = torch.empty(0), torch.empty(0)
+        self._held: tuple[object, ...] = ()
 
     @property
     def length(self) -> int:
@@ -179,10 +187,10 @@ class StaticCache(KVCache):
                 want=f"at most {self.capacity} in all",
                 remedy="Allocate more, or use AppendCache or SinkCache.",
             )
-        shape = (k.shape[0], self.capacity, *k.shape[2:])
-        wanted = (shape, k.dtype, k.device)
-        if (self._k.shape, self._k.dtype, self._k.device) != wanted:
-            self._k, self._v = k.new_empty(shape), v.new_empty(shape)
+        layout = _layout(k, v)
+        if self._held != layout:
+            self._k, self._v = (x.new_empty((x.shape[0], self.capacity, *x.shape[2:])) for x in (k, v))
+            self._held = layout
         self._k[:, self.seen : end] = k
         self._v[:, self.seen : end] = v
         return self._k[:, :end], self._v[:, :end]
@@ -248,7 +256,9 @@ class SinkCache(KVCache):
     A chunk of ``t`` tokens is attended before it evicts: its first query sees its own
     window and the later ones up to ``t - 1`` tokens more.
 
-    Positions are the model's affair: keys keep whatever position they were computed with.
+    Positions are the model's affair: a key keeps whatever position it was computed with.  For an endless
+    text, store keys before their rotation and count positions inside what :meth:`update` returns,
+    0 to ``s - 1``, as the paper does.
 
     Args:
         sinks: tokens at the start that are never dropped; 0 gives a plain sliding window.
@@ -260,10 +270,8 @@ class SinkCache(KVCache):
 
     def __init__(self, sinks: int = 4, window: int = 1020) -> None:
         super().__init__()
-        if sinks < 0 or window < 1:
-            raise ConfigError(
-                "SinkCache sinks, window", got=(sinks, window), want="sinks >= 0 and window >= 1", remedy="4 and 1020."
-            )
+        check_size("SinkCache", "sinks", sinks, least=0)
+        check_size("SinkCache", "window", window)
         self.sinks, self.window = sinks, window
         self._kv: KV | None = None
 

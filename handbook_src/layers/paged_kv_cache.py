@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.check import check_size
 from handbook_src.layers.kv_cache import KV, KVCache, held_bytes
 
 
@@ -22,10 +23,8 @@ class PagePool:
     """
 
     def __init__(self, pages: int, page_size: int = 16) -> None:
-        if pages < 1 or page_size < 1:
-            raise ConfigError(
-                "PagePool pages, page_size", got=(pages, page_size), want="at least 1 each", remedy="16 tokens a page."
-            )
+        check_size("PagePool", "pages", pages)
+        check_size("PagePool", "page_size", page_size)
         self.pages, self.page_size = pages, page_size
         self.users = [0] * pages
         self._free = list(range(pages - 1, -1, -1))
@@ -67,16 +66,18 @@ class PagePool:
         """Bytes of one page, keys and values."""
         return held_bytes(self.k, self.v) // self.pages
 
-    def allocate(self, like: Tensor) -> None:
-        """Make the store on first use, and refuse keys that don't fit it later."""
-        shape = (self.pages, self.page_size, *like.shape[2:])
-        if self.k is None:
-            self.k, self.v = like.new_empty(shape), like.new_empty(shape)
-        elif (self.k.shape, self.k.dtype, self.k.device) != (shape, like.dtype, like.device):
+    def allocate(self, k: Tensor, v: Tensor) -> None:
+        """Make the store on first use, and refuse keys and values that don't fit it later."""
+        if self.k is None or self.v is None:
+            self.k, self.v = (x.new_empty((self.pages, self.page_size, *x.shape[2:])) for x in (k, v))
+            return
+        now = (*k.shape[2:], v.shape[3], k.dtype, k.device)
+        was = (*self.k.shape[2:], self.v.shape[3], self.k.dtype, self.k.device)
+        if now != was:
             raise ShapeError(
-                "PagePool heads, features, dtype, device",
-                got=f"{tuple(shape[2:])}, {like.dtype}, {like.device}",
-                want=f"{tuple(self.k.shape[2:])}, {self.k.dtype}, {self.k.device}",
+                "PagePool heads, features of k and v, dtype, device",
+                got=now,
+                want=f"{was}, as in the first update",
                 remedy="One pool serves caches of one kind of layer.",
             )
 
@@ -97,6 +98,10 @@ class PagedCache(KVCache):
 
     def __init__(self, pool: PagePool) -> None:
         super().__init__()
+        if not isinstance(pool, PagePool):
+            raise ConfigError(
+                "PagedCache pool", got=repr(pool), want="a PagePool", remedy="PagedCache(PagePool(pages=64))."
+            )
         self.pool = pool
         self.table: list[list[int]] = []
 
@@ -118,7 +123,7 @@ class PagedCache(KVCache):
         return other
 
     def _store(self, k: Tensor, v: Tensor) -> KV:
-        self.pool.allocate(k)
+        self.pool.allocate(k, v)
         assert self.pool.k is not None
         assert self.pool.v is not None
         page_size, end = self.pool.page_size, self.seen + k.shape[1]

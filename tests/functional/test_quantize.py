@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from handbook_src.errors import ConfigError
+from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.quantize import QUANTIZED, quantize
 from handbook_src.testing import refuses
 
@@ -38,6 +38,11 @@ def test_the_largest_is_exact_zero_stays_and_nan_shows() -> None:
 def test_refuses_other_types() -> None:
     with refuses(ConfigError, "torch.float16"):
         quantize(torch.ones(3), torch.float16)
+    for wrong in (torch.ones(()), torch.ones(3, 0)):
+        with refuses(ShapeError, tuple(wrong.shape)):
+            quantize(wrong)
+    with refuses(ShapeError, "torch.int64"):
+        quantize(torch.ones(3).long())
 
 
 @pytest.mark.law("kv-cache")

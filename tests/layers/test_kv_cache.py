@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import scaled_dot_product_attention
@@ -14,7 +16,7 @@ from handbook_src.functional.mask import causal, sinks, window
 from handbook_src.layers.attention import MultiHeadAttention
 from handbook_src.layers.kv_cache import AppendCache, KVCache, QuantizedCache, SinkCache, StaticCache
 from handbook_src.layers.paged_kv_cache import PagedCache, PagePool
-from handbook_src.testing import refuses
+from handbook_src.testing import refuses, unchecked
 
 EXACT: dict[str, Callable[[], KVCache]] = {
     "append": AppendCache,
@@ -31,9 +33,11 @@ ALL = EXACT | {
 }
 
 
-def kv(b: int = 3, t: int = 13, h: int = 2, e: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def kv(
+    b: int = 3, t: int = 13, h: int = 2, e: int = 5, dtype: torch.dtype = torch.float64, c: int | None = None
+) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(t)
-    return torch.randn(b, t, h, e, generator=g).to(dtype), torch.randn(b, t, h, e, generator=g).to(dtype)
+    return torch.randn(b, t, h, e, generator=g).to(dtype), torch.randn(b, t, h, c or e, generator=g).to(dtype)
 
 
 @pytest.mark.parity("kv-cache")
@@ -41,8 +45,9 @@ def kv(b: int = 3, t: int = 13, h: int = 2, e: int = 5, dtype: torch.dtype = tor
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("chunks", [[13], [1] * 13, [5, 1, 7]])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gives_back_every_token_to_the_bit(kind: str, chunks: list[int], dtype: torch.dtype) -> None:
-    k, v = kv(dtype=dtype)
+@pytest.mark.parametrize("c", [5, 3])
+def test_gives_back_every_token_to_the_bit(kind: str, chunks: list[int], dtype: torch.dtype, c: int) -> None:
+    k, v = kv(dtype=dtype, c=c)
     cache, at = EXACT[kind](), 0
     for part_k, part_v in zip(k.split(chunks, 1), v.split(chunks, 1), strict=True):
         at += part_k.shape[1]
@@ -238,6 +243,29 @@ def test_refuses_what_is_not_keys_and_values() -> None:
         AppendCache().update(k, v[:, 1:])
     with refuses(ShapeError, "(13, 2, 5)", "b t h e"):
         AppendCache().update(k[0], v[0])
+    with refuses(ShapeError, "(3, 13, 2, 5)", "(3, 13, 1, 5)"):  # fewer heads: repeat neither, share keys and values
+        AppendCache().update(k, v[:, :, :1])
+    with refuses(ShapeError, "(3, 13, 0, 5)"):
+        AppendCache().update(k[:, :, :0], v[:, :, :0])
+
+
+@pytest.mark.refusal("kv-cache")
+@pytest.mark.parametrize("kind", ALL)
+def test_values_must_be_of_the_keys_dtype_and_device(kind: str) -> None:
+    k, v = kv(2, 2)
+    cache = ALL[kind]()
+    with refuses(ShapeError, "torch.float64 on cpu", "torch.float32 on cpu"):
+        cache.update(k, v.float())
+    with refuses(ShapeError, "meta", "cpu"):
+        cache.update(k, v.to("meta"))
+    with refuses(ShapeError, "torch.int64", "floats"):
+        cache.update(k.long(), v.long())
+    with refuses(ShapeError, "(2, 2, 2, 0)"):
+        cache.update(k[..., :0], v[..., :0])
+    cache.update(k, v)
+    with refuses(ShapeError, "(2, 2, 5, 4", "(2, 2, 5, 5"):
+        cache.update(k, v[..., :4])
+    assert cache.seen == 2
 
 
 @pytest.mark.refusal("kv-cache")
@@ -267,14 +295,20 @@ def test_refuses_gradients_it_would_lose(kind: str) -> None:
 
 @pytest.mark.refusal("kv-cache")
 def test_refuses_sizes_and_types_that_cannot_work() -> None:
-    with refuses(ConfigError, "capacity", 0):
-        StaticCache(0)
-    with refuses(ConfigError, "sinks", "(-1, 4)"):
-        SinkCache(-1, 4)
-    with refuses(ConfigError, "window", "(4, 0)"):
-        SinkCache(4, 0)
-    with refuses(ConfigError, "page_size", "(4, 0)"):
-        PagePool(4, 0)
+    for wrong in (0, -1, 2.5, True, float("nan"), "8"):
+        with refuses(ConfigError, "capacity", wrong):
+            StaticCache(wrong)
+        with refuses(ConfigError, "window", wrong):
+            SinkCache(4, wrong)
+        with refuses(ConfigError, "page_size", wrong):
+            PagePool(4, wrong)
+        with refuses(ConfigError, "pages", wrong):
+            PagePool(wrong)
+    for wrong in (-1, 1.5, False):
+        with refuses(ConfigError, "sinks", wrong):
+            SinkCache(wrong, 4)
+    with refuses(ConfigError, "None", "PagePool"):
+        PagedCache(None)
     with refuses(ConfigError, "torch.int16", "torch.int8"):
         QuantizedCache(torch.int16)
 
@@ -283,8 +317,10 @@ def test_refuses_sizes_and_types_that_cannot_work() -> None:
 def test_one_pool_serves_one_kind_of_layer() -> None:
     pool = PagePool(8, 2)
     PagedCache(pool).update(*kv(1, 2))
-    with refuses(ShapeError, "(3, 5)", "(2, 5)"):
+    with refuses(ShapeError, "(3, 5, 5", "(2, 5, 5"):
         PagedCache(pool).update(*kv(1, 2, 3))
+    with refuses(ShapeError, "(2, 5, 4", "(2, 5, 5"):
+        PagedCache(pool).update(*kv(1, 2, c=4))
 
 
 @pytest.mark.law("kv-cache")
@@ -302,3 +338,77 @@ def test_a_refused_update_binds_nothing() -> None:
             cache.update(torch.zeros(3, 9, 1, 2), torch.zeros(3, 9, 1, 2))
         k, _ = cache.update(torch.ones(1, 2, 1, 2), torch.ones(1, 2, 1, 2))
         assert (k.shape, cache.seen) == ((1, 2, 1, 2), 2)
+
+
+@pytest.mark.law("kv-cache")
+def test_an_endless_stream_in_constant_memory() -> None:
+    cache = SinkCache(4, 28)
+    k, v = kv(2, 1, dtype=torch.float32)
+    held = set()
+    for at in range(3000):
+        got, _ = cache.update(k + at, v)
+        if at >= 32:
+            held.add((cache.bytes, cache._kv[0].untyped_storage().nbytes(), got.shape))
+    assert len(held) == 1
+    assert (cache.seen, cache.length) == (3000, 32)
+    assert torch.equal(got[:, :4], torch.cat([k + i for i in range(4)], 1))
+    assert torch.equal(got[:, 4:], torch.cat([k + i for i in range(2972, 3000)], 1))
+
+
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize("kind", ALL)
+def test_inputs_are_never_written_to(kind: str) -> None:
+    k, v = kv(2, 3)
+    before, cache = (k.clone(), v.clone()), ALL[kind]()
+    cache.update(k, v)
+    cache.update(k[:, :1], v[:, :1])
+    assert torch.equal(k, before[0])
+    assert torch.equal(v, before[1])
+
+
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize("kind", EXACT)
+def test_takes_what_lies_strewn_in_memory(kind: str) -> None:
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in kv())
+    assert all(torch.equal(a, b) for a, b in zip(EXACT[kind]().update(k, v), (k, v), strict=True))
+
+
+@pytest.mark.law("kv-cache")
+def test_the_one_kind_for_training_passes_gradients() -> None:
+    layer = MultiHeadAttention(6, 2).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    cache = AppendCache()
+    got = torch.cat([layer(part, causal=True, cache=cache) for part in x.split(2, 1)], 1)
+    (mine,) = torch.autograd.grad(got.square().sum(), x)
+    (want,) = torch.autograd.grad(layer(x, causal=True).square().sum(), x)
+    torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.registration("kv-cache")
+@pytest.mark.parametrize("kind", ["static", "streaming"])
+def test_compiled_steps_are_traced_whole_and_not_again_for_every_token(kind: str) -> None:
+    make = {**ALL, "static": lambda: StaticCache(40)}[kind]
+    layer, counter = MultiHeadAttention(8, 2).double().eval(), CompileCounter()
+    x = torch.randn(2, 40, 8, dtype=torch.float64)
+    cache, plain = make(), make()
+    with unchecked(), torch.no_grad():
+        step = torch.compile(lambda x, cache: layer(x, causal=True, cache=cache), backend=counter, fullgraph=True)
+        layer(x[:, :7], causal=True, cache=cache)  # prefill
+        layer(x[:, :7], causal=True, cache=plain)
+        for t in range(7, 40):
+            got, want = step(x[:, t : t + 1], cache), layer(x[:, t : t + 1], causal=True, cache=plain)
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert counter.frame_count <= 3  # as it came, with a length of any size, and once the stream is full
+
+
+@pytest.mark.registration("kv-cache")
+@pytest.mark.parametrize("kind", ALL)
+def test_a_copy_goes_its_own_way(kind: str) -> None:
+    k, v = kv(2, 4)
+    cache = ALL[kind]()
+    cache.update(k, v)
+    other = copy.deepcopy(cache)
+    one, two = cache.update(k[:, :1], v[:, :1]), other.update(k[:, :1], v[:, :1])
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert other.update(k[:, :1], v[:, :1])[0].shape[1] >= one[0].shape[1]
+    assert cache.seen == 5
