@@ -215,7 +215,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to ``x``, and to what the cache holds.
 
-        A cache of :mod:`handbook_src.layers.kv_cache` serves as well: it stores the two halves of each vector.
+        A cache of :mod:`handbook_src.layers.kv_cache` serves as well: latents are its keys, rotary keys its values.
         """
         check_rank("MultiHeadLatentAttention", x, (3,), "(batch, time, features)")
         check_features("MultiHeadLatentAttention", x, self.dim)
@@ -238,22 +238,22 @@ class MultiHeadLatentAttention(nn.Module):
         key = apply_rope(key[:, :, None], cos, sin, interleaved=pairs)[:, :, 0]
         return q, torch.cat((self.kv_a_layernorm(latent).to(key.dtype), key), -1)
 
-    def _seen(self, cache: LatentCache | KVCache) -> int:
-        if isinstance(cache, LatentCache) or (isinstance(cache, KVCache) and self.latent_dim % 2 == 0):
-            return cache.seen
-        got = f"a {type(cache).__name__} for a latent of {self.latent_dim} features"
-        raise ConfigError(
-            "MultiHeadLatentAttention cache",
-            got=got,
-            want="a LatentCache, or a KVCache where the latent halves evenly",
-            remedy="Pass LatentCache().",
-        )
+    @staticmethod
+    def _seen(cache: LatentCache | KVCache) -> int:
+        if not isinstance(cache, LatentCache | KVCache):
+            raise ConfigError(
+                "MultiHeadLatentAttention cache",
+                got=repr(cache),
+                want="a LatentCache or a KVCache",
+                remedy="Pass LatentCache().",
+            )
+        return cache.seen
 
     def _through(self, cache: LatentCache | KVCache, kv: Tensor) -> Tensor:
         if isinstance(cache, LatentCache):
             return cache.update(kv)
-        left, right = kv[:, :, None].chunk(2, -1)
-        return torch.cat(cache.update(left, right), -1)[:, :, 0]
+        latent, key = kv[:, :, None].split((self.latent_dim, self.rope_dim), -1)
+        return torch.cat(cache.update(latent, key), -1)[:, :, 0]
 
     def extra_repr(self) -> str:
         return (
