@@ -269,10 +269,11 @@ class _Span:
     def __ne__(self, other: _Span | Tensor | int) -> _Fact:  # type: ignore[override]
         return ~(self == other)
 
-    def lookup(self, table: Tensor, columns: _Span) -> _Fact:
-        """Whether any, and whether all, of the entries of a boolean table are true in these rows and columns."""
+    def lookup(self, table: Tensor, rows: _Span | Tensor) -> _Fact:
+        """Whether any, and whether all, entries of a boolean table are true in these rows and columns."""
+        rows = _span(rows)
         sums = torch.nn.functional.pad(table.cpu().long(), (1, 0, 1, 0)).cumsum(0).cumsum(1)
-        top, bottom, left, right = self.low, self.high + 1, columns.low, columns.high + 1
+        top, bottom, left, right = rows.low, rows.high + 1, self.low, self.high + 1
         count = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
         return _Fact(count > 0, count == (bottom - top) * (right - left))
 

@@ -39,7 +39,8 @@ class Mask:
     Rules compose with ``&`` (both), ``|`` (either) and ``~`` (not).  The vocabulary:
     ``full``, ``causal``, ``anticausal``, ``window``, ``sinks``, ``prefix``,
     ``prefix_lm``, ``padding``, ``left_padding``, ``dilated``, ``global_tokens``,
-    ``random``, ``block``, ``strided``, ``fixed``, ``along``, ``documents`` and ``per_head``.  A rule of one's own:
+    ``marked``, ``random``, ``block``, ``strided``, ``fixed``, ``along``, ``documents``
+    and ``per_head``.  A rule of one's own:
     ``Mask("even", lambda b, h, t, s: s % 2 == 0)``.
 
     Args:
@@ -276,6 +277,19 @@ def global_tokens(*positions: int) -> Mask:
     return Mask(text, lambda b, h, t, s: reduce(operator.or_, ((t == p) | (s == p) for p in positions)))
 
 
+def marked(which: Bool[Tensor, "b n"], *, rows: bool = True) -> Mask:
+    """Global positions, marked for each sample: seen by all, and with ``rows`` seeing all."""
+    if not isinstance(which, Tensor) or which.ndim != 2 or which.dtype != torch.bool:
+        got = f"{tuple(which.shape)} {which.dtype}" if isinstance(which, Tensor) else repr(which)
+        raise ShapeError("marks", got=got, want="booleans, b n", remedy="Mark each position of each sample.")
+
+    def either(b: Any, h: Any, t: Any, s: Any) -> Any:
+        seen = _looked_up(which, b, s)
+        return seen | _looked_up(which, b, t) if rows else seen
+
+    return Mask(f"marked({_brief(which)})", either, batch=which.shape[0], extent=which.shape[1])
+
+
 def random(share: float, seed: int = 0) -> Mask:
     """A share of all pairs, drawn by hashing (seed, t, s): the same pair is always drawn alike.
 
@@ -393,7 +407,7 @@ def per_head(*rules: Mask) -> Mask:
 
 def _looked_up(table: Tensor, rows: Any, columns: Any) -> Any:
     """Entries of a table; the spans of ``block_plan`` look whole blocks up."""
-    return table.to(rows.device)[rows, columns] if isinstance(rows, Tensor) else rows.lookup(table, columns)
+    return table.to(rows.device)[rows, columns] if isinstance(columns, Tensor) else columns.lookup(table, rows)
 
 
 def _composed(outermost: str, text: str, allows: MaskMod, *parts: Mask) -> Mask:

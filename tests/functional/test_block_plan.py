@@ -42,8 +42,10 @@ def test_spans_bound_their_pairs(name: str) -> None:
 def test_tables_are_looked_up_by_blocks() -> None:
     table = torch.tensor([[True, False], [True, True]])
     rows, columns = torch.tensor([[0, 1], [1, 1]]).T[:, :, None], torch.tensor([[0, 0], [0, 1]]).T[:, None]
-    fact = _Span(*rows).lookup(table, _Span(*columns))
+    fact = _Span(*columns).lookup(table, _Span(*rows))
     assert fact.some.tolist() == [[True, True], [True, True]]
+    assert fact.every.tolist() == [[True, False], [True, True]]
+    fact = _Span(*columns).lookup(table, torch.arange(2)[:, None])
     assert fact.every.tolist() == [[True, False], [True, True]]
 
 

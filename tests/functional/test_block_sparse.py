@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from handbook_src.functional.mask import (
     full,
     global_tokens,
     left_padding,
+    marked,
     padding,
     per_head,
     prefix_lm,
@@ -35,6 +34,8 @@ from handbook_src.testing import assert_parity, refuses
 BIGBIRD = "random-attention"
 LAYOUT = torch.rand(9, 9, generator=torch.Generator().manual_seed(1)) < 0.4
 LAYOUT[3] = False
+MARKS = torch.zeros(2, 33, dtype=torch.bool)
+MARKS[0, [3, 31]], MARKS[1, 12] = True, True
 
 RULES = {
     "full": full,
@@ -44,6 +45,8 @@ RULES = {
     "causal window with sinks": causal & (window(6) | sinks(2)),
     "global": window(3) | global_tokens(0, 11),
     "not": ~window(9),
+    "marked": window(2) | marked(MARKS),
+    "marked keys": window(2) | marked(MARKS, rows=False),
     "dilated": window(12) & dilated(3),
     "random": random(0.1),
     "blocks": block(4),
@@ -188,14 +191,6 @@ def test_dropout_keeps_the_mean_and_the_reference_has_second_derivatives() -> No
     assert abs(out.mean().item() - 1) < 0.02
     small = [x.double().requires_grad_() for x in qkv(4, 4, b=1)]
     assert torch.autograd.gradgradcheck(lambda *x: block_sparse_attention(*x, window(2), backend="reference"), small)
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch the shape checker off: dynamo cannot trace it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.registration(BIGBIRD)

@@ -1,0 +1,134 @@
+"""BigBird's attention: neighbours, a few global blocks, and a few blocks drawn at random."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from handbook_src.dispatch import Backend
+from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.attention import check_qkv
+from handbook_src.functional.block_sparse import block_sparse_attention
+from handbook_src.functional.check import check_size
+from handbook_src.functional.mask import Mask, block, per_head
+
+Layout = Bool[Tensor, "n n"] | Bool[Tensor, "h n n"]
+
+
+def bigbird_layout(
+    blocks: int, *, window: int = 3, random: int = 3, ends: int = 1, seed: int = 0
+) -> Bool[Tensor, "n n"]:
+    r"""Draw which block of queries sees which block of keys.
+
+    .. math:: L_{ij} = [\,|i - j| \le \tfrac{w - 1}{2}\,] \lor [i \in G] \lor [j \in G] \lor [j \in R_i]
+
+    :math:`G` holds the first and the last ``ends`` blocks, :math:`R_i` is a sample without
+    replacement of the blocks that row :math:`i` does not see otherwise (fewer where there are fewer).
+    The same numbers always give the same layout, on every device.
+
+    Args:
+        blocks: number of blocks, of queries as of keys.
+        window: blocks of the window :math:`w`, the row's own among them; odd.
+        random: blocks drawn for each row.
+        ends: global blocks at each end of the sequence.
+        seed: of the draw.
+
+    Raises:
+        ConfigError: a negative number, a fraction, or an even window.
+
+    Source:
+        Zaheer et al. 2020, section 2 and appendix D, arXiv:2007.14062
+    """
+    for name, value, least in (("blocks", blocks, 0), ("window", window, 1), ("random", random, 0), ("ends", ends, 0)):
+        check_size("bigbird_layout", name, value, least=least)
+    check_size("bigbird_layout", "seed", seed, least=0)
+    if window % 2 == 0:
+        raise ConfigError("bigbird_layout window", got=window, want="an odd number", remedy=f"Pass {window + 1}.")
+    i = torch.arange(blocks)
+    outer = (i < ends) | (i >= blocks - ends)
+    layout = ((i[:, None] - i).abs() <= window // 2) | outer | outer[:, None]
+    order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(seed)).masked_fill(layout, 2.0)
+    drawn = torch.zeros_like(layout).scatter(1, order.argsort(1)[:, :random], True)
+    return layout | drawn
+
+
+def random_attention(
+    q: Float[Tensor, "b t h e"],
+    k: Float[Tensor, "b s g e"],
+    v: Float[Tensor, "b s g c"],
+    *,
+    block_size: int = 64,
+    window: int = 3,
+    random: int = 3,
+    ends: int = 1,
+    seed: int = 0,
+    layout: Layout | None = None,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: Backend = "auto",
+) -> Float[Tensor, "b t h c"]:
+    r"""Attend to the blocks that :func:`bigbird_layout` grants (BigBird's internal form, ITC).
+
+    .. math:: Y_i = \operatorname{softmax}\!\Big(\frac{Q_i K_{N(i)}^\top}{\sqrt e}\Big) V_{N(i)},
+        \qquad N(i) = \{\, j : L_{ij} = 1 \,\}
+
+    Each visible key counts once, however many of the three reasons make it visible.  The work
+    grows with ``t block_size (window + random + 2 ends)``.
+
+    Args:
+        q: queries, the last ``t`` of ``s`` positions.
+        k: keys; fewer heads than ``q`` are shared by groups of consecutive query heads.
+        v: values.
+        block_size: positions of a block; the last one may be shorter.
+        window: blocks of the window, odd.
+        random: blocks drawn for each row of blocks.
+        ends: global blocks at each end.
+        seed: of the draw.
+        layout: a layout of one's own instead, ``n n``, or ``h n n`` for each head; it must be wide enough for
+            ``s`` positions.
+        mask: a further rule, for instance ``padding(lengths)``; joined by *and*.
+        scale: factor on the scores; :math:`1/\sqrt e` unless given.
+        dropout: share of the weights that are dropped; pass 0 outside training.
+        backend: ``reference`` is the dense masked formula; ``torch`` and ``auto`` work by blocks.
+
+    Raises:
+        ConfigError: sizes that are negative, zero where they may not be, or fractions; an even window;
+            a mask that is no rule.
+        ShapeError: shapes that don't fit; a layout that is not square, not boolean, or too small.
+
+    Source:
+        Zaheer et al. 2020, section 2 and appendix D, arXiv:2007.14062
+    """
+    check_qkv(q, k, v)
+    check_size("random_attention", "block_size", block_size)
+    if mask is not None and not isinstance(mask, Mask):
+        raise ConfigError(
+            "random_attention mask", got=type(mask).__name__, want="a Mask", remedy="Use padding(lengths)."
+        )
+    if layout is None:
+        rule = bigbird_rule(k.shape[1], block_size, window, random, ends, seed)
+    else:
+        rule = _ruled(layout, block_size)
+    rule = rule if mask is None else rule & mask
+    return block_sparse_attention(q, k, v, rule, block_size=block_size, scale=scale, dropout=dropout, backend=backend)
+
+
+@lru_cache(maxsize=64)
+def bigbird_rule(s: int, block_size: int = 64, window: int = 3, random: int = 3, ends: int = 1, seed: int = 0) -> Mask:
+    """Return :func:`bigbird_layout` for ``s`` positions as a rule; the same object each time."""
+    check_size("bigbird_rule", "block_size", block_size)
+    blocks = max(1, -(-s // block_size))
+    return block(block_size, bigbird_layout(blocks, window=window, random=random, ends=ends, seed=seed))
+
+
+def _ruled(layout: Tensor, block_size: int) -> Mask:
+    if not isinstance(layout, Tensor) or layout.ndim not in (2, 3):
+        got = tuple(layout.shape) if isinstance(layout, Tensor) else repr(layout)
+        raise ShapeError("block layout", got=got, want="n n, or h n n", remedy="One row for each block of queries.")
+    if layout.ndim == 2:
+        return block(block_size, layout)
+    return per_head(*(block(block_size, one) for one in layout))
