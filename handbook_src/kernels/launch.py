@@ -68,3 +68,47 @@ def check_tensors(
             raise ShapeError(name, got=tensor.device, want=str(x.device), remedy=f"Move {name} beside x.")
         if tensor.dtype not in dtypes:
             raise ShapeError(name, got=tensor.dtype, want=f"one of {dtypes}", remedy="Use backend='reference'.")
+
+
+def family(x: Tensor) -> str:
+    """Return which tiles suit the GPU: ``hopper`` (227 KB shared memory), ``ampere`` (163), ``amd`` (64), ``small``."""
+    if torch.version.hip:
+        return "amd"
+    if not x.is_cuda:
+        return "hopper"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    if major in (9, 10):
+        return "hopper"
+    return "ampere" if (major, minor) == (8, 0) else "small"
+
+
+def check_runs(
+    op: str, tensors: Mapping[str, Tensor | None], dtypes: Collection[torch.dtype], *, heads: tuple[str, ...], most: int
+) -> None:
+    """Refuse what an attention kernel would read wrongly.
+
+    Args:
+        op: the operation's name, for the message.
+        tensors: everything the kernel reads, the one that says where first.
+        dtypes: the dtypes the kernel takes.
+        heads: names of the tensors whose last axis is a head's features.
+        most: the widest head.
+
+    Raises:
+        KernelUnavailable: a tensor is where no kernel can run.
+        ShapeError: a device, dtype or width does not fit.
+    """
+    first = next(x for x in tensors.values() if x is not None)
+    missing = needs_for_triton(*tensors.values())
+    if missing is not None:
+        raise KernelUnavailable(op, got=f"a tensor on {first.device}", want=missing, remedy="Use backend='auto'.")
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.device != first.device:
+            raise ShapeError(f"{op} {name}", got=x.device, want=str(first.device), remedy="Move it beside the others.")
+        if x.is_floating_point() and x.dtype not in dtypes:
+            raise ShapeError(f"{op} {name}", got=x.dtype, want=f"one of {dtypes}", remedy="Use backend='reference'.")
+        if name in heads and not 0 < x.shape[-1] <= most:
+            want = f"1 to {most} features a head"
+            raise ShapeError(f"{op} {name}", got=tuple(x.shape), want=want, remedy="Use backend='reference'.")
