@@ -1,0 +1,66 @@
+"""A race is fair: what disagrees is not timed, what is slow is named, ratios point the right way."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from handbook_src.testing.race import Race, installed, same_weights
+
+
+def slowly(x: Tensor) -> Tensor:
+    time.sleep(0.004)
+    return x * 2
+
+
+def quickly(x: Tensor) -> Tensor:
+    return x + x
+
+
+def test_above_one_means_that_ours_is_faster() -> None:
+    race = Race(rounds=5)
+    race.run("some", "double", "sleepy", quickly, slowly, torch.ones(3))
+    race.run("some", "half", "brisk", slowly, quickly, torch.ones(3))
+    assert [h.mode for h in race.heats] == ["forward", "step"] * 2
+    assert all(h.row.ratio > 1 for h in race.heats[:2])
+    assert {h.layer for h in race.slow()} == {"half"}
+    assert race.mean("forward", ["sleepy"]) > 1 > race.mean("forward", ["brisk"])
+    assert math.isnan(race.mean("forward", ["nobody"]))
+    assert [row["against"] for row in race.rows("some")] == ["sleepy", "brisk"]
+    assert race.rows("other") == []
+
+
+def test_what_disagrees_is_not_timed() -> None:
+    race = Race(rounds=5)
+    with pytest.raises(AssertionError):
+        race.run("some", "wrong", "right", lambda x: x * 3, quickly, torch.ones(3))
+    with pytest.raises(AssertionError):  # same value, another gradient
+        race.run("some", "wrong", "right", lambda x: x.detach() + x, quickly, torch.ones(3))
+    assert all(h.mode == "forward" for h in race.heats)
+
+
+def test_integers_have_no_step_and_inputs_are_left_alone() -> None:
+    race, x = Race(rounds=5), torch.ones(3, dtype=torch.long)
+    race.run("some", "double", "torch", quickly, lambda x: x * 2, x)
+    assert [h.mode for h in race.heats] == ["forward"]
+    y = torch.ones(3)
+    race.run("some", "layer", "torch", nn.ReLU(), torch.relu, y)
+    assert not y.requires_grad
+
+
+def test_weights_are_given_in_order() -> None:
+    a, b = nn.Linear(2, 3), nn.Linear(2, 3)
+    same_weights(a, b)
+    assert torch.equal(a.weight, b.weight)
+    assert torch.equal(a.bias, b.bias)
+    with pytest.raises(AssertionError):
+        same_weights(a, nn.Linear(3, 2))
+
+
+def test_a_missing_library_is_nobody() -> None:
+    assert installed(lambda: __import__("no_such_library_anywhere")) is None
+    assert installed(lambda: 3) == 3
