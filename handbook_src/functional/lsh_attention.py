@@ -67,7 +67,7 @@ def lsh_rotations(
     op = "lsh_rotations"
     for name, size in (("rounds", rounds), ("heads", heads), ("head_dim", head_dim)):
         check_size(op, name, size)
-    factors = [buckets] if isinstance(buckets, int) else list(buckets)
+    factors: list[int] = list(buckets) if isinstance(buckets, list | tuple) else [buckets]  # type: ignore[list-item]
     for n in factors or [0]:
         if not isinstance(n, int) or isinstance(n, bool) or n < 2 or n % 2:
             remedy = "Each direction makes two buckets: its own side and the opposite one."
@@ -186,7 +186,7 @@ def lsh_attention(
     """
     scale = _check(qk, v, mask, chunk, look_back, scale)
     chosen = resolve("lsh_attention", backend, {"torch": None, "reference": None})
-    rule = _rule(mask, causal)
+    rules = _rules(mask, causal)
     (clean, v), (bad_q, bad_v) = without_nan(qk, v)
     buckets = lsh_buckets(clean, rotations)
     if qk.shape[1] == 0:
@@ -194,8 +194,8 @@ def lsh_attention(
     bad = (bad_q, bad_q | bad_v)
     if chosen == "reference":
         meets = lsh_meetings(buckets, chunk=chunk, look_back=look_back, across_buckets=across_buckets)
-        return _dense(clean, v, bad, meets, rule, scale, count_once)
-    return _chunked(clean, v, bad, buckets, rule, scale, (chunk, look_back, across_buckets, count_once))
+        return _dense(clean, v, bad, meets, rules, scale, count_once)
+    return _chunked(clean, v, bad, buckets, rules, scale, (chunk, look_back, across_buckets, count_once))
 
 
 def lsh_meetings(
@@ -256,19 +256,21 @@ def shared_qk_attention(
     """
     scale = _check(qk, v, mask, 1, 0, scale)
     (clean, v), (bad_q, bad_v) = without_nan(qk, v)
+    if qk.shape[1] == 0:
+        return v.clone()
     everywhere = torch.ones((), dtype=torch.int64, device=qk.device)
-    return _dense(clean, v, (bad_q, bad_q | bad_v), everywhere, _rule(mask, causal), scale, True)
+    return _dense(clean, v, (bad_q, bad_q | bad_v), everywhere, _rules(mask, causal), scale, True)
 
 
 def _dense(
-    qk: Tensor, v: Tensor, bad: tuple[Tensor, Tensor], meets: Tensor, rule: Mask | None, scale: float, once: bool
+    qk: Tensor, v: Tensor, bad: tuple[Tensor, Tensor], meets: Tensor, rules: list[Mask], scale: float, once: bool
 ) -> Tensor:
     """One softmax over all pairs that meet; the matrix is written out."""
     b, t, h, _ = qk.shape
     wide = torch.promote_types(qk.dtype, torch.float32)
     scores = torch.einsum("bthe,bshe->bhts", qk.to(wide), _unit(qk.to(wide))) * scale
     allowed = (meets > 0).expand(b, h, t, t)
-    if rule is not None:
+    for rule in rules:
         allowed = allowed & rule.dense(t, device=qk.device)
     scores = scores.masked_fill(torch.eye(t, dtype=torch.bool, device=qk.device), ALONE)
     if not once:
@@ -284,7 +286,7 @@ def _chunked(
     v: Tensor,
     bad: tuple[Tensor, Tensor],
     buckets: Tensor,
-    rule: Mask | None,
+    rules: list[Mask],
     scale: float,
     form: tuple[int, int, bool, bool],
 ) -> Tensor:
@@ -308,7 +310,7 @@ def _chunked(
     if not across:
         own = buckets.gather(3, order).unflatten(3, (chunks, chunk))[..., None]
         allowed = allowed & (own == _behind(own, back).mT)
-    if rule is not None:
+    for rule in rules:
         allowed = allowed & rule.allows(sample[..., None], head[..., None], at, seen)
     scores = ((q * scale) @ keys.mT).masked_fill_(at == seen, ALONE)
     if once and buckets.shape[2] > 1:
@@ -376,11 +378,9 @@ def _nonzero(x: Tensor) -> Tensor:
     return x.masked_fill(x == 0, 1.0)
 
 
-def _rule(mask: Mask | None, causal: bool) -> Mask | None:
-    mask = None if mask is full else mask
-    if not causal:
-        return mask
-    return causal_rule if mask is None else causal_rule & mask
+def _rules(mask: Mask | None, causal: bool) -> list[Mask]:
+    """All must allow a pair; they are not joined into one rule, which torch.compile cannot trace."""
+    return ([] if mask is None or mask is full else [mask]) + ([causal_rule] if causal else [])
 
 
 def _check(qk: Tensor, v: Tensor, mask: Mask | None, chunk: int, look_back: int, scale: float | None) -> float:
