@@ -217,7 +217,7 @@ def kernel_attention(
     dtype, heads, (t, s) = v.dtype, q.shape[2], (q.shape[1], k.shape[1])
     k, v = hidden_to_zero(k, seen), hidden_to_zero(v, seen)
     q, k, v = (at_least_float32(x) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with exactly(q):
         if state is not None:
             check_state(state, k, v)
         if causal and s > t and form != "parallel":  # what came before the first query is one sum
@@ -262,7 +262,7 @@ def kernel_step(
     """
     dtype = v.dtype
     q, k, v = (at_least_float32(x)[:, None] for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with exactly(q):
         if state is not None:
             check_state(state, k, v)
         state = _state(k, v, state)
@@ -316,7 +316,8 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, normalize: bool, chunk: int, state
     q, k, v = (F.pad(x, (0, 0) * (x.ndim - 2) + (0, count * chunk - t)) for x in (q, k, v))
     q = rearrange(q, "b (n i) g r f -> (b g n) (i r) f", n=count)
     k, v = (rearrange(x, "b (n j) g f -> (b g n) j f", n=count) for x in (k, v))
-    kv, z = _sums_before(k.mT @ v, b, groups, state and state.kv), _sums_before(k.sum(1), b, groups, state and state.k)
+    shape = (b, groups, count)
+    kv, z = _sums_before(k.mT @ v, shape, state and state.kv), _sums_before(k.sum(1), shape, state and state.k)
     row = torch.arange(chunk * shared, device=q.device)[:, None] // shared
     weights = torch.bmm(q, k.mT).masked_fill(row < torch.arange(chunk, device=q.device), 0.0)
     out = torch.baddbmm(torch.bmm(weights, v), q, kv)
@@ -327,11 +328,11 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, normalize: bool, chunk: int, state
     )[:, :t]  # fmt: skip
 
 
-def _sums_before(x: Tensor, b: int, groups: int, start: Tensor | None) -> Tensor:
+def _sums_before(x: Tensor, shape: tuple[int, int, int], start: Tensor | None) -> Tensor:
     """For each chunk the sum of the chunks before it, and of what came before them."""
-    x = rearrange(x, "(b g n) ... -> b g n ...", b=b, g=groups)
+    x = x.unflatten(0, shape)
     first = torch.zeros_like(x[:, :, :1]) if start is None else start[:, :, None]
-    return rearrange(torch.cat([first, x[:, :, :-1]], 2).cumsum(2), "b g n ... -> (b g n) ...")
+    return torch.cat([first, x[:, :, :-1]], 2).cumsum(2).flatten(0, 2)
 
 
 def elu_features(x: Tensor) -> Tensor:
@@ -352,6 +353,11 @@ def feature_function(feature_map: FeatureMap) -> Callable[[Tensor], Tensor]:
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def exactly(x: Tensor) -> torch.autocast:
+    """Switch autocast off, which would take the sums in half precision."""
+    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
 
 
 def hidden_to_zero(x: Tensor, seen: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import attention_weights, scaled_dot_product_attention
 from handbook_src.functional.check import check_floating
-from handbook_src.functional.linear_attention import check_qkv, hidden_to_zero, key_mask
+from handbook_src.functional.linear_attention import check_qkv, exactly, hidden_to_zero, key_mask
 from handbook_src.functional.mask import Mask
 
 
@@ -131,7 +131,7 @@ def mix(
     wide = torch.promote_types(x.dtype, torch.float32)
     x, projection = hidden_to_zero(x, seen), projection[..., :s]
     axes = "ns" if projection.ndim == 2 else "gns"
-    with torch.autocast(x.device.type, enabled=False):
+    with exactly(x):
         return torch.einsum(f"{axes},bsge->bnge", projection.to(wide), x.to(wide)).to(x.dtype)
 
 

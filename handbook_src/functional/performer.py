@@ -16,6 +16,7 @@ from handbook_src.functional.linear_attention import (
     Form,
     at_least_float32,
     check_qkv,
+    exactly,
     kernel_attention,
     key_mask,
     shielded,
@@ -143,6 +144,7 @@ def performer_attention(
 
     Exponents are shifted by their largest, for each query, and for the keys of each head; both cancel in
     the ratio.  Under ``causal`` the keys are not shifted: their largest may stand in the future.
+    Where scores are so large (tens) that every product underflows, the output is zeros; ``eps`` makes it a mean.
 
     Args:
         q: queries.
@@ -183,7 +185,7 @@ def performer_attention(
 def _exponents(x: Tensor, projection: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """Return the projections, and the logarithms of the (positive) factors of the features."""
     x, projection = at_least_float32(x), projection.to(torch.promote_types(x.dtype, torch.float32))
-    with torch.autocast(x.device.type, enabled=False):
+    with exactly(x):
         u = x @ projection.T
     half = x.square().sum(-1, keepdim=True) / 2
     if kind == "positive":
