@@ -10,7 +10,7 @@ from torch import Tensor
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import scaled_dot_product_attention
 from handbook_src.functional.grouped_query import mean_pool_heads
-from handbook_src.functional.mask import causal, padding, window
+from handbook_src.functional.mask import causal, padding, per_head, window
 from handbook_src.testing import assert_parity, refuses
 
 BOTH = ("gqa", "mqa")
@@ -20,9 +20,10 @@ BOTH = ("gqa", "mqa")
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (6, 3), (3, 3), (1, 1)])
 @pytest.mark.parametrize(("t", "s", "e"), [(5, 5, 3), (1, 7, 4), (3, 8, 1)])
-@pytest.mark.parametrize("kind", ["plain", "causal", "window", "padding"])
+@pytest.mark.parametrize("kind", ["plain", "causal", "window", "padding", "heads"])
 def test_shared_heads_are_torchs(backend: str, heads: int, kv_heads: int, t: int, s: int, e: int, kind: str) -> None:
     rules = {"causal": causal, "window": causal & window(2), "padding": padding(torch.tensor([s, 1]))}
+    rules["heads"] = per_head(*[causal] * (heads - 1), window(2))  # no fold of a group's heads into queries
     rule = rules.get(kind)
 
     def oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
