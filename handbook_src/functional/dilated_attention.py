@@ -19,6 +19,7 @@ from handbook_src.functional.chunked_attention import check_pattern, shielded
 from handbook_src.functional.mask import Mask, dilated, padding, window
 from handbook_src.functional.mask import causal as causal_rule
 from handbook_src.functional.partial_softmax import Partial, join, partial_softmax
+from handbook_src.functional.sliding_window import sliding_window_attention
 
 
 def dilated_attention(
@@ -133,11 +134,14 @@ def _windowed(
     lengths: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """A sliding window over ``b n h e``: blocks of queries, each with the keys that any of them may see."""
+    """A sliding window over ``b n h e``; streams of unequal length in blocks of queries and the keys any may see."""
     b, n = q.shape[:2]
+    if lengths is None:
+        return sliding_window_attention(
+            q, k, v, reach, causal=causal, **{**options, "backend": "torch"}
+        )  # it shields itself
     if n <= reach:  # the window hides nothing
-        mask = None if lengths is None else padding(lengths)
-        return scaled_dot_product_attention(q, k, v, mask, causal=causal, **options)
+        return scaled_dot_product_attention(q, k, v, padding(lengths), causal=causal, **options)
     size = max(reach, 32)  # queries of a block; smaller ones cost more in calls than they save in products
     before, after = reach - 1, 0 if causal else reach - 1
     blocks, span = -(-n // size), size + before + after
@@ -148,7 +152,7 @@ def _windowed(
     near = (distance < reach) & (distance >= 0 if causal else distance > -reach)
     key = torch.arange(blocks, device=q.device)[:, None] * size + slot - before
     real = (key >= 0) & (key < n)
-    real = real[None] if lengths is None else real & (key < lengths[:, None, None])
+    real = real & (key < lengths[:, None, None])
     seen = (near & real[:, :, None]).expand(b, -1, -1, -1).reshape(b * blocks, 1, size, span)
     q = rearrange(q, "b (n l) h e -> (b n) l h e", l=size)
     k, v = (rearrange(x, "b n g e s -> (b n) s g e") for x in (k, v))
