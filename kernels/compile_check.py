@@ -37,11 +37,22 @@ EVERYWHERE = {
     "glu": ("silu bf16", "gelu bf16", "silu bf16 1 x 1"),
     "cross_entropy": ("bf16 131072", "smoothed bf16 131072", "fp32 10"),
     "rope": ("half bf16 128", "interleaved bf16 128", "half fp32 1 x 2"),
+    "flash_attention": ("causal bf16 64", "causal bf16 128", "everything bf16 128", "causal fp32 64"),
 }  # fmt: skip
 COLUMNS = [
     "case", "target", "kernel", "warps", "registers", "spilled_bytes", "shared_bytes",
     "loads", "loads_16_bytes", "stores", "stores_16_bytes", "instructions", "triton", "torch", "problem",
 ]  # fmt: skip
+
+
+#: Kernels whose work is products of tiles: on Hopper these must be wgmma.
+PRODUCTS = ("flash_attention",)
+#: The family of tiles that a launcher chooses on each target.
+FAMILY = {"sm80": "ampere", "sm90": "hopper", "sm100": "hopper", "gfx942": "amd"}
+
+
+#: What fla-org/flash-linear-attention #640 found miscompiled, in Triton's GPU dialect.
+TRANSPOSED = re.compile(r"tt\.trans .*: tensor<[^>]*#mma[^>]*> -> tensor")
 
 
 class Case(NamedTuple):
@@ -189,8 +200,51 @@ def rope_cases() -> list[Case]:
     ]
 
 
+def flash_attention_cases() -> list[Case]:
+    """Return the cases of flash attention: widths of a head, dtypes, each option alone and all together."""
+    import torch
+
+    from handbook_src.kernels.flash_attention import flash_attention_triton
+
+    def case(
+        name: str, e: int, x: torch.dtype = torch.bfloat16, c: int | None = None, group: int = 1,
+        options: tuple[str, ...] = (), t: int = 512,
+    ) -> Case:  # fmt: skip
+        def call() -> None:
+            wide = {"q": (4, e), "k": (4 // group, e), "v": (4 // group, c or e)}
+            q, k, v = (torch.zeros(1, t, *size, dtype=x, requires_grad=True) for size in wide.values())
+            kwargs: dict[str, Any] = {"causal": True} if "causal" in options else {}
+            kwargs |= {"window": 100} if "window" in options else {}
+            kwargs |= {"soft_cap": 30.0} if "cap" in options else {}
+            kwargs |= {"alibi": torch.ones(4)} if "alibi" in options else {}
+            kwargs |= {"sinks": torch.zeros(4, requires_grad=True)} if "sinks" in options else {}
+            if "packed" in options:
+                edges = torch.tensor([0, t // 2, t], dtype=torch.int32)
+                kwargs |= {"cu_q": edges, "cu_k": edges}
+            flash_attention_triton(q, k, v, **kwargs)[0].sum().backward()
+
+        return Case(name, call)
+
+    fp16, fp32 = torch.float16, torch.float32
+    every = ("causal", "window", "cap", "alibi", "sinks", "packed")
+    return [
+        *(case(f"causal bf16 {e}", e, options=("causal",)) for e in (64, 128, 256)),
+        *(case(f"full bf16 {e}", e) for e in (64, 128, 256)),
+        *(case(f"everything bf16 {e}", e, group=2, options=every) for e in (64, 128, 256)),
+        *(case(f"causal fp32 {e}", e, fp32, options=("causal",)) for e in (64, 128, 256)),
+        *(case(f"causal {name} bf16 128", 128, options=("causal", name)) for name in every[1:]),
+        case("causal fp16 128", 128, fp16, options=("causal",)),
+        case("causal bf16 80", 80, options=("causal",)),
+        case("causal bf16 192 to 128", 192, c=128, options=("causal",)),
+        case("causal bf16 1 x 1", 1, options=("causal",), t=1),
+    ]
+
+
 #: The cases of each kernel, by the stem of its file.
-CASES = {"norm": norm_cases, "glu": glu_cases, "cross_entropy": cross_entropy_cases, "rope": rope_cases}
+CASES = {
+    "norm": norm_cases, "glu": glu_cases, "cross_entropy": cross_entropy_cases, "rope": rope_cases,
+    "flash_attention": flash_attention_cases,
+}  # fmt: skip
 
 
 def fake_driver(target: Any) -> Any:
@@ -233,14 +287,16 @@ def captured(target: Any) -> Iterator[list[tuple[str, Any]]]:
 
         return launch
 
-    kept = KernelInterface.__getitem__, launch.needs_for_triton, norm.LANES
+    name = next(n for n, t in targets().items() if t == target)
+    kept = KernelInterface.__getitem__, launch.needs_for_triton, norm.LANES, launch.family
     KernelInterface.__getitem__ = instead
     launch.needs_for_triton, norm.LANES = (lambda *tensors: None), target.warp_size
+    launch.family = lambda x: FAMILY[name]
     driver.set_active(fake_driver(target))
     try:
         yield found
     finally:
-        KernelInterface.__getitem__, launch.needs_for_triton, norm.LANES = kept
+        KernelInterface.__getitem__, launch.needs_for_triton, norm.LANES, launch.family = kept
 
 
 def report(compiled: Any, target: str) -> dict[str, Any]:
@@ -252,6 +308,8 @@ def report(compiled: Any, target: str) -> dict[str, Any]:
         problems.append(f"spills {row['spilled_bytes']} bytes")
     if row["shared_bytes"] > SHARED_LIMIT[target]:
         problems.append(f"shared memory {row['shared_bytes']} > {SHARED_LIMIT[target]}")
+    if target == "sm90" and TRANSPOSED.search(compiled.asm["ttgir"]):
+        problems.append("a product's result is transposed: miscompiled on Hopper by triton 3.4 to 3.7.0")
     return row | {"problem": "; ".join(problems)}
 
 
@@ -274,6 +332,7 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
         "stores": len(re.findall(r"\bSTG\.", sass)),
         "stores_16_bytes": len(re.findall(r"\bSTG\.E[\w.]*\.128", sass)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+        "wgmma": len(re.findall(r"\bHGMMA\.", sass)),
     }
 
 
@@ -292,6 +351,7 @@ def _amd(assembly: str) -> dict[str, Any]:
         "stores": count(r"\b(?:global|buffer)_store_"),
         "stores_16_bytes": count(r"\b(?:global|buffer)_store_dwordx4"),
         "instructions": count(r"(?m)^\t[vs]_"),
+        "wgmma": 0,
     }
 
 

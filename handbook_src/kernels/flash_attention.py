@@ -11,7 +11,7 @@
 * Fewer key heads than query heads: the heads of a group are neighbours in the grid and find the keys in the L2 cache.
 * Packed sequences of any length: offsets in ``cu_seqlens``, read on the device.
 * A query that sees no key gets zeros, and a log-sum-exp of -inf.  NaN and infinity in a key or value reach the queries
-  that see it, and no other, forward and backward.
+  that see it, and no other; nothing goes back through those.
 * The backward (``flash_attention_backward.py``) adds in a fixed order: the same bits each time, without a switch.
 
 dtypes: float32, float16, bfloat16.  Runs on CUDA and ROCm, and on CPU tensors under Triton's interpreter.
@@ -126,6 +126,9 @@ def _forward(
     empty = mass == 0.0
     acc = acc / tl.where(empty, 1.0, mass)[:, None]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, mass))) * LN2)
+    # What is not finite shows in the log-sum-exp, by which the backward knows such rows.
+    fine = tl.min((tl.abs(acc) < float("inf")).to(tl.int32), 1) == 1
+    lse = tl.where(fine, lse, float("nan"))
     store_rows(OUT, acc, first, o_t, times, c, BM, C)
     tl.store(LSE + b * lse_b + h.to(tl.int64) * lse_h + q0 + row, lse, mask=row < times)
 
@@ -154,7 +157,7 @@ def _flash(
             times, keys, batch, q.shape[2], q.shape[2] // k.shape[2], e, c, scale, cap, window,
             BM=tile.queries, BN=tile.keys, E=wide_e, C=wide_c, EVEN_E=e == wide_e, EVEN_C=c == wide_c,
             CAUSAL=causal, WINDOW=window > 0, ALIBI=slopes is not None, CAP=cap > 0, SINK=sinks is not None,
-            VARLEN=packed, IP=precision(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            VARLEN=packed, IP=precision(q.dtype, launch.family(q)), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse
 
@@ -181,7 +184,7 @@ def _pull(ctx, dout, dlse):
     if sinks is not None and ctx.needs_input_grad[6]:
         # A sink is a key with the value 0: ds = p (0 - delta), summed over all queries of its head.
         weight = (sinks.float()[:, None] - lse).exp()
-        down = torch.where(lse.isneginf(), 0.0, -weight * delta).sum((0, 2)).to(sinks.dtype)
+        down = torch.where(lse.isfinite(), -weight * delta, 0.0).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, None, None, None, down, *(None,) * len(ctx.settings)
 
 

@@ -41,6 +41,13 @@ from handbook_src.kernels.flash_attention_tile import (
 
 
 @triton.jit
+def passable(lse):
+    # Rows past the end weigh exp(x - inf) = 0.  So do rows that saw no key, at -inf, or something that is not finite,
+    # at NaN: nothing goes back through them.
+    return tl.where(lse > float("-inf"), lse, float("inf"))
+
+
+@triton.jit
 def _query_step(
     dq, q, do, lse, delta, K, V, start, query, k_stride, v_stride, keys, e, c, scale, cap, slope, window,
     BN: tl.constexpr, E: tl.constexpr, C: tl.constexpr, EVEN_E: tl.constexpr, EVEN_C: tl.constexpr,
@@ -54,11 +61,13 @@ def _query_step(
         k, bad = shielded(k)
     x = tl.dot(q, tl.trans(k), input_precision=IP)
     x, unit, flat = scores(x, query[:, None], key[None, :], scale, cap, slope, ALIBI, CAP)
+    if MASKED:
+        keep = allowed(query[:, None], key[None, :], keys, window, CAUSAL, WINDOW)
+        x = tl.where(keep, x, float("-inf"))
     p = tl.exp2(x * unit - lse[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision=IP)
     ds = p * (dp - delta[:, None]) * flat
     if MASKED:
-        keep = allowed(query[:, None], key[None, :], keys, window, CAUSAL, WINDOW)
         ds = tl.where(keep, tl.where(bad[None, :], float("nan"), ds), 0.0)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=IP)
 
@@ -86,9 +95,9 @@ def _queries(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if DOWN:
         delta -= tl.load(DLSE + at, mask=live, other=0.0)
+    lse = passable(tl.load(LSE + at, mask=live, other=float("inf"))) * LOG2E
+    delta = tl.where(lse < float("inf"), delta, 0.0)
     tl.store(DELTA + at, delta, mask=live)
-    # Rows past the end weigh exp(x - inf) = 0.
-    lse = tl.load(LSE + at, mask=live, other=float("inf")) * LOG2E
     K += b * k_b + k0 * k_s + hk * k_h
     V += b * v_b + k0 * v_s + hk * v_h
     query = row + offset
@@ -124,24 +133,18 @@ def _key_step(
     row, wide = start + tl.arange(0, BM), h.to(tl.int64)
     q = rows_of(Q + wide * q_h, start, q_t, times, e, BM, E, EVEN_E, MASKED)
     do = rows_of(DOUT + wide * do_h, start, do_t, times, c, BM, C, EVEN_C, MASKED)
-    lse = tl.load(LSE + wide * lse_h + row, mask=row < times, other=float("inf")) * LOG2E
+    lse = passable(tl.load(LSE + wide * lse_h + row, mask=row < times, other=float("inf"))) * LOG2E
     delta = tl.load(DELTA + wide * lse_h + row, mask=row < times, other=0.0)
     slope = tl.load(SLOPES + h).to(tl.float32) if ALIBI else 0.0
     query = row + offset
-    if MASKED:
-        q, bad = shielded(q)
-        do, worse = shielded(do)
     x = tl.dot(k, tl.trans(q), input_precision=IP)
     x, unit, flat = scores(x, query[None, :], key[:, None], scale, cap, slope, ALIBI, CAP)
-    p = tl.exp2(x * unit - lse[None, :])
     if MASKED:
-        keep = allowed(query[None, :], key[:, None], keys, window, CAUSAL, WINDOW)
-        p = tl.where(keep, tl.where((bad | worse)[None, :], float("nan"), p), 0.0)
+        x = tl.where(allowed(query[None, :], key[:, None], keys, window, CAUSAL, WINDOW), x, float("-inf"))
+    p = tl.exp2(x * unit - lse[None, :])
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=IP)
     dp = tl.dot(v, tl.trans(do), input_precision=IP)
     ds = p * (dp - delta[None, :]) * flat
-    if MASKED:
-        ds = tl.where(keep, ds, 0.0)
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=IP), dv
 
 
@@ -213,7 +216,8 @@ def flash_backward(
     wide_e, wide_c = (max(16, triton.next_power_of_2(n)) for n in (e, c))
     flags = {
         "E": wide_e, "C": wide_c, "EVEN_E": e == wide_e, "EVEN_C": c == wide_c, "CAUSAL": causal,
-        "WINDOW": window > 0, "ALIBI": slopes is not None, "CAP": cap > 0, "VARLEN": packed, "IP": precision(q.dtype),
+        "WINDOW": window > 0, "ALIBI": slopes is not None, "CAP": cap > 0, "VARLEN": packed,
+        "IP": precision(q.dtype, launch.family(q)),
     }  # fmt: skip
     read = [n for x in (q, k, v) for n in strides_of(x, packed)]
     down = strides_of(dout, packed)
