@@ -115,6 +115,7 @@ def lsh_buckets(x: Float[Tensor, "b t h e"], rotations: Rotations) -> Int[Tensor
 
     Raises:
         ShapeError: directions for other heads or features.
+        ConfigError: more than ``2**31`` buckets.
 
     Source:
         Kitaev et al. 2020, section 2, "Locality sensitive hashing", arXiv:2001.04451
@@ -334,7 +335,7 @@ def _times_met(buckets: Tensor, undo: Tensor, seats: Tensor, back: int, across: 
     rounds = buckets.shape[2]
     count = torch.zeros((), dtype=torch.uint8 if rounds < 256 else torch.int32, device=seats.device)
     for r in range(rounds):
-        of_round = code[:, :, r : r + 1].int().expand(-1, -1, rounds, -1)
+        of_round = code[:, :, r : r + 1].expand(-1, -1, rounds, -1)
         q = of_round.gather(3, seats.flatten(3)).view(seats.shape)[..., None]
         k = _behind(q, back).mT
         count = count + sum((q == k + i).to(count.dtype) for i in range(back + 1))
@@ -417,4 +418,10 @@ def _tables(x: Tensor, rotations: Rotations) -> list[Tensor]:
                 want=f"floating, (rounds, {want[1]} or 1, {want[2]}, buckets / 2), rounds alike",
                 remedy="Call lsh_rotations(rounds, heads, head_dim, buckets).",
             )
+    buckets = 1
+    for table in tables:
+        buckets *= 2 * table.shape[-1]
+    if buckets > 2**31:
+        remedy = "More buckets than positions only part neighbours; use fewer factors."
+        raise ConfigError("lsh_buckets buckets", got=buckets, want="at most 2**31", remedy=remedy)
     return tables

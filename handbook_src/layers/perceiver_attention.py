@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError
 from handbook_src.functional.attention import MaskLike, check_mask
-from handbook_src.functional.check import check_features, check_probability, check_rank, check_size
+from handbook_src.functional.check import (
+    check_features,
+    check_floating,
+    check_one_dtype,
+    check_probability,
+    check_rank,
+    check_size,
+)
 from handbook_src.functional.mask import Mask
 from handbook_src.layers.attention import CrossAttention, SelfAttention
 from handbook_src.layers.mlp import MLP
@@ -83,8 +90,8 @@ class LatentCrossAttention(nn.Module):
         self, z: Float[Tensor, "b m d"], x: Float[Tensor, "b n kv_dim"], mask: MaskLike | None = None
     ) -> Float[Tensor, "b m d"]:
         """Read ``x``; ``mask`` is most often ``padding(lengths)``."""
-        check_memory("LatentCrossAttention", z, self.dim, "queries")
-        check_memory("LatentCrossAttention", x, self.kv_dim, "memory")
+        check_memory("LatentCrossAttention", z, self.dim, "queries", self.norm_q.weight)
+        check_memory("LatentCrossAttention", x, self.kv_dim, "memory", self.norm_q.weight)
         x = _readable(x, z.shape[1], self.attention.heads, mask)
         read = self.attention(self.norm_q(z), self.norm_kv(x), mask)
         z = z + read if self.residual else read
@@ -153,7 +160,7 @@ class LatentSelfAttention(nn.Module):
             part.reset_parameters()
 
     def forward(self, z: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-        check_memory("LatentSelfAttention", z, self.dim, "latents")
+        check_memory("LatentSelfAttention", z, self.dim, "latents", self.norm.weight)
         z = z + self.attention(self.norm(z))
         out: Tensor = z + self.mlp(self.norm_mlp(z))
         return out
@@ -234,7 +241,7 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n input_dim"], mask: MaskLike | None = None) -> Float[Tensor, "b m d"]:
         """Read ``x``; ``mask`` is most often ``padding(lengths)``."""
-        check_memory("PerceiverAttention", x, self.input_dim, "input")
+        check_memory("PerceiverAttention", x, self.input_dim, "input", self.latents)
         z = self.latents.expand(x.shape[0], -1, -1)
         for i in range(self.repeats):
             z = self.read[min(i, len(self.read) - 1)](z, x, mask)
@@ -256,7 +263,11 @@ def _readable(x: Tensor, queries: int, heads: int, mask: MaskLike | None) -> Ten
     return x.masked_fill(~seen[..., None], 0.0)
 
 
-def check_memory(op: str, x: Tensor, features: int, name: str) -> None:
-    """Refuse an array that is not ``b n features``."""
+def check_memory(op: str, x: Tensor, features: int, name: str, weight: Tensor | None) -> None:
+    """Refuse an array that is not ``b n features`` or not of the weights' dtype."""
     check_rank(op, x, (3,), "(batch, positions, features)")
     check_features(op, x, features, name=name)
+    check_floating(op, x)
+    kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+    if weight is not None and not torch.is_autocast_enabled(kind):
+        check_one_dtype(op, weight, x)

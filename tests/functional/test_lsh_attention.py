@@ -254,6 +254,9 @@ def test_a_pair_that_meets_often_counts_once() -> None:
     table = tables(1)[0]
     once = lsh_attention(qk, v, [table], chunk=4)
     torch.testing.assert_close(lsh_attention(qk, v, [table.expand(5, -1, -1, -1)], chunk=4), once)
+    fine = lsh_rotations(2, 2, 4, [2] * 31, dtype=DOUBLE)  # more buckets than 32 bits can number with their chunks
+    alone = lsh_attention(qk, v, fine, chunk=1)
+    torch.testing.assert_close(alone, lsh_attention(qk, v, fine, chunk=1, backend="reference"))
     many = table.expand(300, -1, -1, -1)  # more than a byte can count
     torch.testing.assert_close(lsh_attention(qk[:1, :6], v[:1, :6], [many], chunk=4),
                                lsh_attention(qk[:1, :6], v[:1, :6], [table], chunk=4))  # fmt: skip
@@ -506,6 +509,8 @@ def test_refusals_of_scales_rounds_and_tables() -> None:
             lsh_attention(qk, v, bad)
     with refuses(ShapeError, "rounds alike"):
         lsh_attention(qk, v, [table, table[:1]])
+    with refuses(ConfigError, "lsh_buckets buckets", 2**40):
+        lsh_attention(qk, v, tables(1, buckets=[2] * 40))
     with refuses(ShapeError, "0 tables"):
         lsh_attention(qk, v, [])
     with refuses(ShapeError, "lsh_buckets inputs", (13, 2, 4)):

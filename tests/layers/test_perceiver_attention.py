@@ -235,6 +235,9 @@ def test_refusals() -> None:
         whole(torch.randn(2, 7, 4))
     with refuses(ShapeError, "dtype"):
         whole(torch.ones(2, 7, 5, dtype=torch.int64))
+    for layer, shape in ((whole, (2, 7, 5)), (LatentSelfAttention(8), (2, 7, 8))):
+        with refuses(ShapeError, "torch.float64 beside torch.float32"):
+            layer(torch.randn(shape).double())
     with refuses(ShapeError, "attention mask", (7, 7)):
         whole(torch.randn(2, 7, 5), torch.ones(7, 7, dtype=torch.bool))
     cross = LatentCrossAttention(8, 5)
