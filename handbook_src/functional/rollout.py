@@ -86,7 +86,9 @@ def attention_flow(
         Abnar & Zuidema 2020, section 3 (attention flow), arXiv:2005.00928
     """
     with torch.no_grad():
-        steps = [a.double().cpu() for a in mixing_matrices("attention_flow", weights, residual, heads)]
+        steps = mixing_matrices("attention_flow", weights, residual, heads)
+    if steps[0].is_meta:  # shapes without values: nothing can flow
+        return torch.empty_like(steps[0], dtype=weights[0].dtype)
     if not all(bool((w >= 0).all()) for w in weights):  # a NaN is not >= 0
         raise ShapeError(
             "attention_flow weights",
@@ -97,7 +99,7 @@ def attention_flow(
     b, t = steps[0].shape[:2]
     flow = torch.zeros(b, t, t, dtype=torch.float64)
     for n in range(b):
-        flow[n] = torch.tensor(_flows([a[n].tolist() for a in steps]), dtype=torch.float64).view(t, t)
+        flow[n] = torch.tensor(_flows([a[n].double().tolist() for a in steps]), dtype=torch.float64).view(t, t)
     return _normalized(flow).to(weights[0]) if normalize else flow.to(weights[0])
 
 

@@ -213,7 +213,9 @@ def test_compiles_strides_devices_and_second_derivatives() -> None:
         torch.testing.assert_close(compiled(*weights), attention_rollout(weights))
     strided = [w.mT.contiguous().mT for w in weights]
     torch.testing.assert_close(attention_rollout(strided), attention_rollout(weights))
-    assert attention_rollout([w.to("meta") for w in weights]).device.type == "meta"
+    for rolled in (attention_rollout, attention_flow):
+        shapes = rolled([w.to("meta") for w in weights])
+        assert (shapes.device.type, shapes.shape, shapes.dtype) == ("meta", (1, 3, 3), torch.float64)
     assert torch.autograd.gradgradcheck(lambda a, b: attention_rollout([a, b]), [w.requires_grad_() for w in weights])
 
 
