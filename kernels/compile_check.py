@@ -359,6 +359,11 @@ def _output(*command: Any) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
+def columns(kernels: list[str]) -> list[str]:
+    """Return the columns of the report; of kernels of products also how many wgmma instructions there are."""
+    return [*COLUMNS, "wgmma"] if set(kernels) & set(PRODUCTS) else COLUMNS
+
+
 def named_for(target: str, kernel: str) -> list[str]:
     """Return the cases of ``kernel`` that a ``target`` has to pass."""
     return list(EVERYWHERE[kernel]) if target in ("sm100", "gfx942") else [case.name for case in CASES[kernel]()]
@@ -378,6 +383,8 @@ def check(kernels: list[str], wanted: list[str], match: list[str]) -> list[dict[
                 case.call()
             for launched, compiled in launches:
                 facts = report(compiled, name)
+                if kernel in PRODUCTS and name == "sm90" and "16" in case.name and not facts["wgmma"]:
+                    facts["problem"] = "; ".join(filter(None, (facts["problem"], "no wgmma")))
                 rows.append(
                     {"case": case.name, "target": name, "kernel": launched, **facts}
                     | {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
@@ -409,7 +416,8 @@ def main() -> int:
         )
     if options.csv:
         with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            fields = columns(options.kernels.split(","))
+            writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     failed = [r for r in rows if r["problem"] and (r["target"] == "sm90" or "shared" in r["problem"])]
