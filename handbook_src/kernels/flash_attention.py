@@ -75,6 +75,24 @@ def _step(
 
 
 @triton.jit
+def _finish(acc, mass, top, SINKS, h, SINK: tl.constexpr):
+    # The sink joins the denominator; then the division, and the log-sum-exp.
+    if SINK:
+        sink = tl.load(SINKS + h).to(tl.float32) * LOG2E
+        new = tl.maximum(top, sink)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        fade = tl.exp2(top - base)
+        mass = mass * fade + tl.exp2(sink - base)
+        acc, top = acc * fade[:, None], new
+    empty = mass == 0.0
+    acc = acc / tl.where(empty, 1.0, mass)[:, None]
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, mass))) * LN2)
+    # What is not finite shows in the log-sum-exp, by which the backward knows such rows.
+    fine = tl.min((tl.abs(acc) < float("inf")).to(tl.int32), 1) == 1
+    return acc, tl.where(fine, lse, float("nan"))
+
+
+@triton.jit
 def _forward(
     Q, K, V, OUT, LSE, CU_Q, CU_K, SLOPES, SINKS,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_t, o_h, lse_b, lse_h,
@@ -116,19 +134,7 @@ def _forward(
             acc, mass, top, q, K, V, start, query, k_s, v_s, keys, e, c, scale, cap, slope, window,
             BN, E, C, EVEN_E, EVEN_C, CAUSAL, WINDOW, ALIBI, CAP, IP, True,
         )  # fmt: skip
-    if SINK:
-        sink = tl.load(SINKS + h).to(tl.float32) * LOG2E
-        new = tl.maximum(top, sink)
-        base = tl.where(new == float("-inf"), 0.0, new)
-        fade = tl.exp2(top - base)
-        mass = mass * fade + tl.exp2(sink - base)
-        acc, top = acc * fade[:, None], new
-    empty = mass == 0.0
-    acc = acc / tl.where(empty, 1.0, mass)[:, None]
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, mass))) * LN2)
-    # What is not finite shows in the log-sum-exp, by which the backward knows such rows.
-    fine = tl.min((tl.abs(acc) < float("inf")).to(tl.int32), 1) == 1
-    lse = tl.where(fine, lse, float("nan"))
+    acc, lse = _finish(acc, mass, top, SINKS, h, SINK)
     store_rows(OUT, acc, first, o_t, times, c, BM, C)
     tl.store(LSE + b * lse_b + h.to(tl.int64) * lse_h + q0 + row, lse, mask=row < times)
 

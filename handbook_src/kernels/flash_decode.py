@@ -27,6 +27,13 @@ BLOCK, LEAST = 64, 256
 
 
 @triton.jit
+def _slots(X, page, page_stride, slot, slot_stride, live, cols, WIDE: tl.constexpr):
+    col = tl.arange(0, WIDE)
+    at = X + (page * page_stride + slot * slot_stride)[:, None] + col[None, :]
+    return tl.load(at, mask=live[:, None] & (col < cols)[None, :], other=0.0)
+
+
+@triton.jit
 def _split(
     Q, K, V, OUT, LSE, TABLE, LENGTHS, SLOPES,
     q_b, q_h, k_p, k_s, k_h, v_p, v_s, v_h, table_b, heads, group, splits, page_size, e, c, scale, cap, window,
@@ -55,20 +62,14 @@ def _split(
         live = key < end
         page = tl.load(TABLE + b * table_b + key // page_size, mask=live, other=0).to(tl.int64)
         slot = key % page_size
-        k = tl.load(
-            K + (page * k_p + slot * k_s)[:, None] + col_e[None, :],
-            mask=live[:, None] & (col_e < e)[None, :], other=0.0,
-        )  # fmt: skip
+        k = _slots(K, page, k_p, slot, k_s, live, e, E)
         x = tl.dot(q, tl.trans(k), input_precision=IP)
         x, unit, _ = scores(x, length - 1, key[None, :], scale, cap, slope, ALIBI, CAP)
         x = tl.where(live[None, :], x, float("-inf"))
         new = tl.maximum(top, tl.max(x, 1) * unit)
         base = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(x * unit - base[:, None])
-        v = tl.load(
-            V + (page * v_p + slot * v_s)[:, None] + col_c[None, :],
-            mask=live[:, None] & (col_c < c)[None, :], other=0.0,
-        )  # fmt: skip
+        v = _slots(V, page, v_p, slot, v_s, live, c, C)
         fade = tl.exp2(top - base)
         mass = mass * fade + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=IP)
