@@ -128,6 +128,7 @@ def test_decoding_step_by_step_equals_the_whole() -> None:
 @pytest.mark.law(SWA)
 def test_memory_and_work_grow_with_the_length() -> None:
     """Counted, not timed: what autograd keeps, and the multiplications, of 4 times the length."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     def cost(t: int) -> tuple[int, int]:
@@ -139,13 +140,15 @@ def test_memory_and_work_grow_with_the_length() -> None:
             return x
 
         flops = FlopCounterMode(display=False)
-        with flops, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            sliding_window_attention(q, k, v, 33, causal=True, block_size=32)
+        with flops, sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # the counter doesn't know the fused kernel
             sliding_window_attention(q, k, v, 33, causal=True, block_size=32)
         return sum(kept.values()), flops.get_total_flops()
 
     small, large = cost(512), cost(2048)
     assert large[0] < 4.3 * small[0]
-    assert large[1] <= 4.3 * small[1]
+    assert 0 < large[1] <= 4.3 * small[1]
     assert large[0] < 2048 * 2048, "less than one byte for each pair"
 
 
