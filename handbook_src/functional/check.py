@@ -37,9 +37,9 @@ def check_parameter_dtype(op: str, dtype: torch.dtype | None) -> None:
     """Refuse a dtype of parameters that is not floating point; None is torch's default.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not, or is no dtype at all.
     """
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"{op} dtype", got=dtype, want="a floating-point dtype", remedy="Pass dtype=torch.float32.")
 
 
@@ -56,6 +56,22 @@ def check_one_dtype(op: str, x: Tensor, *others: Tensor) -> None:
                 got=f"{other.dtype} beside {x.dtype}",
                 want="one dtype for all",
                 remedy="Convert with .to(dtype).",
+            )
+
+
+def check_one_device(op: str, x: Tensor, *others: Tensor) -> None:
+    """Refuse tensors on another device than ``x``.
+
+    Raises:
+        ShapeError: one is on another.
+    """
+    for other in others:
+        if other.device != x.device:
+            raise ShapeError(
+                f"{op} devices",
+                got=f"{other.device} beside {x.device}",
+                want="one device for all",
+                remedy="Move with .to(device).",
             )
 
 

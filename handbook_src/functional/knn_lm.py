@@ -9,7 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from handbook_src.errors import ShapeError
-from handbook_src.functional.check import check_floating, check_positive, check_probability, check_size
+from handbook_src.functional.check import (
+    check_floating,
+    check_one_device,
+    check_positive,
+    check_probability,
+    check_size,
+)
 
 
 def knn_probabilities(
@@ -26,7 +32,7 @@ def knn_probabilities(
         [y = v_i]\, \exp\!\Big(\!-\frac{d(k_i, f(x))}{T}\Big)
 
     Computed in float32 at least, by a softmax over the neighbours, so that only differences of
-    distances matter and nothing overflows.  A neighbour with token -1 is missing and has no vote;
+    distances matter and nothing overflows.  A neighbour with token -1, or at infinity, is missing and has no vote;
     a row without neighbours is all zero, every other row sums to one.
 
     Args:
@@ -46,7 +52,7 @@ def knn_probabilities(
     check_positive("knn_probabilities", "temperature", temperature)
     _check_neighbours(distances, tokens, vocab_size)
     wide = torch.promote_types(distances.dtype, torch.float32)
-    missing = tokens < 0
+    missing = (tokens < 0) | (distances == math.inf)
     empty = missing.all(-1, keepdim=True)
     scores = (-distances.to(wide) / temperature).masked_fill(missing, -math.inf).masked_fill(empty, 0.0)
     votes = scores.softmax(-1).masked_fill(missing, 0.0) if distances.shape[-1] else scores
@@ -94,6 +100,7 @@ def knn_lm_log_probs(
         )
     wide = torch.promote_types(logits.dtype, torch.float32)
     p_knn = knn_probabilities(distances.to(wide), tokens, logits.shape[-1], temperature=temperature)
+    check_one_device("knn_lm", logits, distances)
     log_lm = logits.to(wide).log_softmax(-1)
     if lam == 0:
         return log_lm.to(logits.dtype)
@@ -101,12 +108,13 @@ def knn_lm_log_probs(
     voted = p_knn > 0
     log_knn = p_knn.masked_fill(~voted, 1.0).log() + math.log(lam)
     mixed = torch.where(voted, torch.logaddexp(share, log_knn), share)
-    alone = (tokens < 0).all(-1, keepdim=True)
+    alone = ((tokens < 0) | (distances == math.inf)).all(-1, keepdim=True)
     return torch.where(alone, log_lm, mixed).to(logits.dtype)
 
 
 def _check_neighbours(distances: Tensor, tokens: Tensor, vocab_size: int) -> None:
     check_floating("knn_probabilities", distances)
+    check_one_device("knn_probabilities", distances, tokens)
     integers = tokens.dtype in (torch.int32, torch.int64)
     if distances.ndim == 0 or distances.shape != tokens.shape or not integers:
         raise ShapeError(

@@ -5,6 +5,7 @@ Tensors are ``b t h e``, heads third.  The search itself is exact in torch, or a
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, KernelUnavailable, ShapeError
 from handbook_src.functional.attention import masked_softmax
-from handbook_src.functional.check import check_floating, check_one_dtype, check_positive, check_size
+from handbook_src.functional.check import check_floating, check_one_device, check_one_dtype, check_positive, check_size
 
 
 def faiss_library(op: str) -> Any:
@@ -134,8 +135,8 @@ def knn_attention(
     """
     _check_memory("knn_attention", q, keys, values, k)
     scale = _check_scale(scale, q)
-    found = nearest_keys(q, keys, k, lengths=lengths, index=index)
-    return attend_to_found(q, keys, values, found, scale)
+    found = nearest_keys(q, keys, min(k, max(1, keys.shape[1])), lengths=lengths, index=index)
+    return _attend(q, keys, values, found, scale)
 
 
 def attend_to_found(
@@ -155,11 +156,26 @@ def attend_to_found(
         scale: factor on the scores.
 
     Raises:
-        ShapeError: shapes or dtypes that don't fit.
+        ShapeError: shapes or dtypes that don't fit, or rows that the memory does not have.
         ConfigError: a scale that is not positive.
     """
-    _check_memory("attend_to_found", q, keys, values, max(1, found.shape[-1]))
-    scale = _check_scale(scale, q)
+    _check_memory("attend_to_found", q, keys, values, 1)
+    rows = found.numel() and not found.is_meta and int(found.max())
+    if (
+        found.shape[:-1] != q.shape[:-1]
+        or found.dtype not in (torch.int32, torch.int64)
+        or rows >= max(1, keys.shape[1])
+    ):
+        raise ShapeError(
+            "attend_to_found found",
+            got=f"{tuple(found.shape)} of {found.dtype}, the largest {rows}",
+            want=f"{(*q.shape[:-1], 'k')} integers below {keys.shape[1]}",
+            remedy="Pass what nearest_keys returns for the same queries and keys.",
+        )
+    return _attend(q, keys, values, found, _check_scale(scale, q))
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, found: Tensor, scale: float) -> Tensor:
     there = found >= 0
     near_k, near_v = (_rows(x.detach(), found, there) for x in (keys, values))
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -187,7 +203,7 @@ def memory_gate(
         present: which samples have a memory; all unless given.
 
     Raises:
-        ShapeError: shapes that don't fit.
+        ShapeError: shapes that don't fit, or ``present`` is not one boolean a sample.
 
     Source:
         Wu et al. 2022, eqs. 1 and 2, arXiv:2203.08913
@@ -202,6 +218,9 @@ def memory_gate(
         )
     gate = torch.sigmoid(gate_bias)[:, None]
     if present is not None:
+        if present.shape != local.shape[:1] or present.dtype != torch.bool:
+            got, want = f"{tuple(present.shape)} of {present.dtype}", f"({len(local)},) booleans"
+            raise ShapeError("memory_gate present", got=got, want=want, remedy="One for each sample: lengths > 0.")
         gate = gate * present.to(gate.dtype)[:, None, None, None]
     return (gate * retrieved + (1 - gate) * local).to(local.dtype)
 
@@ -211,9 +230,13 @@ def normalize_heads(x: Float[Tensor, "b t h e"]) -> Float[Tensor, "b t h e"]:
 
     .. math:: \hat x = \frac{x}{\max(\lVert x \rVert_2,\, 10^{-12})}
 
+    Raises:
+        ShapeError: a dtype that is not floating point.
+
     Source:
         Henry et al. 2020, section 3, arXiv:2010.04245, as used by Wu et al. 2022, section 3.2, arXiv:2203.08913
     """
+    check_floating("normalize_heads", x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
 
@@ -223,10 +246,14 @@ def filled(keys: Float[Tensor, "b s h e"], lengths: Int[Tensor, " b"] | None) ->
 
     Raises:
         ShapeError: lengths that are not one integer a sample.
+        ConfigError: lengths that are no tensor.
     """
     b, s = keys.shape[:2]
     if lengths is None:
         return torch.ones(b, s, dtype=torch.bool, device=keys.device)
+    if not isinstance(lengths, Tensor):
+        got = type(lengths).__name__
+        raise ConfigError("memory lengths", got=got, want="a tensor", remedy="Wrap them: torch.tensor(lengths).")
     if lengths.shape != (b,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ShapeError(
             "memory lengths",
@@ -281,6 +308,12 @@ def train_and_add(op: str, index: Any, vectors: Any) -> None:
         ) from e
 
 
+def visit_cells(op: str, index: Any, probes: int) -> None:
+    """Set how many cells a faiss index with cells visits; other kinds have no such setting."""
+    with contextlib.suppress(RuntimeError):
+        faiss_library(op).ParameterSpace().set_index_parameter(index, "nprobe", probes)
+
+
 def _rows(x: Tensor, found: Tensor, there: Tensor) -> Tensor:
     """Gather ``b t h k e`` from ``b s h e``; a missing neighbour is zero, whatever the memory holds."""
     if x.shape[1] == 0:
@@ -309,10 +342,4 @@ def _check_memory(op: str, q: Tensor, keys: Tensor, values: Tensor, k: int) -> N
             want="q b t h e, keys b s h e, values b s h c",
             remedy="Each sample and head has a memory of its own; split the features into heads.",
         )
-    if not q.device == keys.device == values.device:
-        raise ShapeError(
-            f"{op} devices",
-            got=f"{q.device}, {keys.device}, {values.device}",
-            want="one device",
-            remedy="Move the memory with .to(device).",
-        )
+    check_one_device(op, q, keys, values)

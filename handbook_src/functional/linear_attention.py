@@ -17,7 +17,7 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import check_mask, refuse
-from handbook_src.functional.check import check_floating, check_one_dtype, check_size
+from handbook_src.functional.check import check_floating, check_one_device, check_one_dtype, check_size
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
 
@@ -86,7 +86,7 @@ def linear_attention(
     Raises:
         ShapeError: shapes or dtypes that don't fit, a mask that differs by query or head, more queries than
             keys under ``causal``, a state of another shape, dtype or device.
-        ConfigError: an unknown feature map or form, a chunk below 1.
+        ConfigError: an unknown feature map or form, a chunk below 1, a state that is none.
 
     Source:
         Katharopoulos et al. 2020, eqs. 4 to 12, arXiv:2006.16236; chunks: Hua et al. 2022, section 3.2,
@@ -345,7 +345,7 @@ def feature_function(feature_map: FeatureMap) -> Callable[[Tensor], Tensor]:
     if callable(feature_map):
         return feature_map
     named: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_features, "relu": F.relu}
-    if feature_map not in named:
+    if not isinstance(feature_map, str) or feature_map not in named:
         want = f"one of {list(named)}, or a function"
         raise ConfigError("feature map", got=repr(feature_map), want=want, remedy="Use 'elu', the paper's.")
     return named[feature_map]
@@ -386,9 +386,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         refuse(f"{op} inputs", shapes, want, "Split the features into heads; heads stand third.")
     check_floating(op, q, k, v)
     check_one_dtype(op, q, k, v)
-    if not q.device == k.device == v.device:
-        devices = f"q on {q.device}, k on {k.device}, v on {v.device}"
-        refuse(f"{op} devices", devices, "one device", "Move them with .to(device).")
+    check_one_device(op, q, k, v)
     if q.shape[3] == 0:
         refuse(f"{op} inputs", f"q {tuple(q.shape)}", "at least one feature a head", "Nothing can be compared.")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
@@ -424,6 +422,11 @@ def key_mask(op: str, mask: object, q: Tensor, k: Tensor, causal: bool) -> tuple
 
 def check_state(state: LinearState, k: Tensor, v: Tensor) -> None:
     """Refuse a state that does not fit keys and values."""
+    if not isinstance(state, LinearState):
+        remedy = "Make it with linear_attention_state, or start from None."
+        raise ConfigError(
+            "state of linear attention", got=type(state).__name__, want="a LinearState or None", remedy=remedy
+        )
     b, _, g, f = k.shape
     for x, shape in ((state.kv, (b, g, f, v.shape[3])), (state.k, (b, g, f))):
         if tuple(x.shape) != shape or x.dtype != k.dtype or x.device != k.device:

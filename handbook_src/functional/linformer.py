@@ -9,7 +9,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import attention_weights, scaled_dot_product_attention
-from handbook_src.functional.check import check_floating
+from handbook_src.functional.check import check_floating, check_one_device
 from handbook_src.functional.linear_attention import check_qkv, exactly, hidden_to_zero, key_mask
 from handbook_src.functional.mask import Mask
 
@@ -117,6 +117,7 @@ def mix(
     """
     s, heads = x.shape[1:3]
     check_floating("Linformer projection", projection)
+    check_one_device("Linformer projection", x, projection)
     if (
         projection.ndim not in (2, 3)
         or (projection.ndim == 3 and projection.shape[0] != heads)

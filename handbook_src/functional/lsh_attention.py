@@ -20,7 +20,13 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import check_mask, check_numbers, refuse, without_nan
-from handbook_src.functional.check import check_floating, check_one_dtype, check_size
+from handbook_src.functional.check import (
+    check_floating,
+    check_one_device,
+    check_one_dtype,
+    check_parameter_dtype,
+    check_size,
+)
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
 
@@ -58,7 +64,8 @@ def lsh_rotations(
         dtype: of the directions.
 
     Raises:
-        ConfigError: a count that is not positive, or a number of buckets that is not even.
+        ConfigError: a count that is not positive, a number of buckets that is not even, or a dtype that is
+            not floating point.
 
     Source:
         Kitaev et al. 2020, section 2, arXiv:2001.04451; factors as in its published code.
@@ -67,6 +74,7 @@ def lsh_rotations(
     op = "lsh_rotations"
     for name, size in (("rounds", rounds), ("heads", heads), ("head_dim", head_dim)):
         check_size(op, name, size)
+    check_parameter_dtype(op, dtype)
     factors: list[int] = list(buckets) if isinstance(buckets, list | tuple) else [buckets]  # type: ignore[list-item]
     for n in factors or [0]:
         if not isinstance(n, int) or isinstance(n, bool) or n < 2 or n % 2:
@@ -79,18 +87,20 @@ def lsh_rotations(
 def lsh_factors(t: int, chunk: int) -> list[int]:
     r"""Choose how many buckets ``t`` positions need: two for each chunk, as a product where they are many.
 
-        .. math:: b = 2 \lceil t / m
-    ceil
+    .. math:: b = 2 \lceil t / m \rceil
 
-        so that a chunk is twice the mean bucket.  More than 64 buckets become the product of two powers of two: one
-        table of directions for all would cost :math:`t\,e\,b/2`, which is quadratic in ``t`` again.
+    so that a chunk is twice the mean bucket.  More than 64 buckets become the product of two powers of two, at
+    least as many: one table of directions for all would cost :math:`t\,e\,b/2`, which is quadratic in ``t`` again.
 
-        Args:
-            t: positions.
-            chunk: :math:`m`, positions in a chunk.
+    Args:
+        t: positions.
+        chunk: :math:`m`, positions in a chunk.
 
-        Source:
-            Kitaev et al. 2020, section 2, arXiv:2001.04451; two factors as in its published code
+    Raises:
+        ConfigError: ``t`` negative, ``chunk`` below one, or either no integer.
+
+    Source:
+        Kitaev et al. 2020, section 2, arXiv:2001.04451; two factors as in its published code
     """
     check_size("lsh_factors", "t", t, least=0)
     check_size("lsh_factors", "chunk", chunk)
@@ -216,9 +226,22 @@ def lsh_meetings(
         look_back: earlier chunks that a chunk sees.
         across_buckets: leave the first bracket out.
 
+    Raises:
+        ShapeError: buckets that are not integers of four axes.
+        ConfigError: ``chunk`` below one, ``look_back`` negative.
+
     Source:
         Kitaev et al. 2020, section 2 and appendix A, arXiv:2001.04451
     """
+    check_size("lsh_meetings", "chunk", chunk)
+    check_size("lsh_meetings", "look_back", look_back, least=0)
+    if buckets.ndim != 4 or buckets.is_floating_point() or buckets.dtype == torch.bool:
+        refuse(
+            "lsh_meetings buckets",
+            f"{tuple(buckets.shape)} {buckets.dtype}",
+            "integers, (b, h, rounds, t)",
+            "Call lsh_buckets.",
+        )
     place = buckets.argsort(dim=-1, stable=True).argsort(-1)
     behind = (place // chunk)[..., :, None] - (place // chunk)[..., None, :]
     meets = (behind >= 0) & (behind <= look_back)
@@ -391,6 +414,7 @@ def _check(qk: Tensor, v: Tensor, mask: Mask | None, chunk: int, look_back: int,
         refuse(f"{op} inputs", shapes, "qk (b, t, h, e), v (b, t, h, c)", "Split the features into heads, third.")
     check_floating(op, qk, v)
     check_one_dtype(op, qk, v)
+    check_one_device(op, qk, v)
     check_size(op, "chunk", chunk)
     check_size(op, "look_back", look_back, least=0)
     if mask is not None and not isinstance(mask, Mask):
@@ -404,11 +428,17 @@ def _check(qk: Tensor, v: Tensor, mask: Mask | None, chunk: int, look_back: int,
 
 
 def _tables(x: Tensor, rotations: Rotations) -> list[Tensor]:
-    tables = [rotations] if isinstance(rotations, Tensor) else list(rotations)
+    tables = [rotations] if isinstance(rotations, Tensor) else rotations
+    if not isinstance(tables, list | tuple) or not all(isinstance(table, Tensor) for table in tables):
+        remedy = "Call lsh_rotations(rounds, heads, head_dim, buckets)."
+        raise ConfigError(
+            "lsh_buckets rotations", got=repr(rotations), want="a tensor or a list of them", remedy=remedy
+        )
     if x.ndim != 4 or not tables:
         got = f"x {tuple(x.shape)}, {len(tables)} tables"
         refuse("lsh_buckets inputs", got, "x (b, t, h, e) and at least one table", "Call lsh_rotations.")
-    want = (tables[0].shape[0], x.shape[2], x.shape[3])
+    check_one_device("lsh_buckets", x, *tables)
+    want = (tables[0].shape[:1].numel(), x.shape[2], x.shape[3])
     for table in tables:
         fits = table.ndim == 4 and table.shape[1] in (1, want[1]) and table.shape[::2] == want[::2]
         if not fits or 0 in table.shape or not table.is_floating_point():
@@ -424,4 +454,4 @@ def _tables(x: Tensor, rotations: Rotations) -> list[Tensor]:
     if buckets > 2**31:
         remedy = "More buckets than positions only part neighbours; use fewer factors."
         raise ConfigError("lsh_buckets buckets", got=buckets, want="at most 2**31", remedy=remedy)
-    return tables
+    return list(tables)

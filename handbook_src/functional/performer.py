@@ -11,7 +11,14 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import check_numbers
-from handbook_src.functional.check import check_features, check_finite, check_floating, check_size
+from handbook_src.functional.check import (
+    check_features,
+    check_finite,
+    check_floating,
+    check_one_device,
+    check_parameter_dtype,
+    check_size,
+)
 from handbook_src.functional.linear_attention import (
     Form,
     at_least_float32,
@@ -65,9 +72,8 @@ def random_features(
     """
     check_size("random features", "e", e)
     check_size("random features", "m", m)
+    check_parameter_dtype("random features", dtype)
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise ConfigError("random features dtype", got=dtype, want="a floating-point dtype", remedy="Pass float32.")
     device = generator.device if device is None and generator is not None else device
     wide = torch.promote_types(dtype, torch.float32)  # no QR decomposition of halves
 
@@ -109,13 +115,15 @@ def softmax_features(
         eps: added to each feature before the division by :math:`\sqrt m`.
 
     Raises:
-        ShapeError: features that don't fit the projection, a dtype that is not floating point.
-        ConfigError: an unknown kind, ``eps`` negative or not finite.
+        ShapeError: features or a device that don't fit the projection, a dtype that is not floating point.
+        ConfigError: an unknown kind, ``eps`` negative or not finite, a shift that is not finite.
 
     Source:
         Choromanski et al. 2020, eq. 5, lemma 1 and section 2.2, arXiv:2009.14794
     """
     _check_projection(x, projection, kind, eps)
+    if not isinstance(shift, Tensor):
+        check_finite("random features", "shift", shift)
     return _features(*_exponents(x, projection, kind), kind, shift, eps)
 
 
@@ -225,6 +233,7 @@ def _check_projection(x: Tensor, projection: Tensor, kind: str, eps: float) -> N
     if eps < 0:
         raise ConfigError("random features eps", got=eps, want="at least 0", remedy="Use 0, or 1e-4 as published.")
     check_floating("random features", x, projection)
+    check_one_device("random features", x, projection)
     if projection.ndim != 2 or projection.shape[0] == 0:
         remedy = "Draw it with random_features(e, m)."
         raise ShapeError("projection", got=tuple(projection.shape), want="(m, e), m at least 1", remedy=remedy)

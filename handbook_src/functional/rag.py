@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from handbook_src.errors import ShapeError
-from handbook_src.functional.check import check_floating
+from handbook_src.functional.check import check_floating, check_one_device
 
 
 def rag_sequence(
@@ -20,7 +22,7 @@ def rag_sequence(
     .. math:: \log p(y \mid x) = \log \sum_{z} p(z \mid x) \prod_{i=1}^{t} p(y_i \mid x, z, y_{1:i-1})
 
     :math:`p(z \mid x)` is the softmax of the scores over the retrieved documents.  Everything
-    stays in logarithms, in float32 at least.
+    stays in logarithms, in float32 at least.  Where no document was found the score is ``-inf``.
 
     Args:
         doc_scores: of the retrieved documents, for instance dot products; ``-inf`` for none.
@@ -33,9 +35,8 @@ def rag_sequence(
     Source:
         Lewis et al. 2020, section 2.1 (RAG-Sequence), arXiv:2005.11401
     """
-    scores, tokens = _wide("rag_sequence", doc_scores, log_probs)
-    tokens = _masked(tokens, mask)
-    return torch.logsumexp(scores.log_softmax(-1) + tokens.sum(-1), -1).to(log_probs.dtype)
+    share, tokens = _wide("rag_sequence", doc_scores, log_probs)
+    return torch.logsumexp(share + _masked(tokens, mask).sum(-1), -1).to(log_probs.dtype)
 
 
 def rag_token(
@@ -60,8 +61,9 @@ def rag_token(
     Source:
         Lewis et al. 2020, section 2.1 (RAG-Token), arXiv:2005.11401
     """
-    tokens = rag_marginal(doc_scores, log_probs)
-    return _masked(tokens[:, None], mask).sum((1, 2))
+    share, tokens = _wide("rag_token", doc_scores, log_probs)
+    tokens = torch.logsumexp(share[..., None] + _masked(tokens, mask), 1)  # masked before: a NaN must not come back
+    return _masked(tokens[:, None], mask).sum((1, 2)).to(log_probs.dtype)
 
 
 def rag_marginal(doc_scores: Float[Tensor, "b z"], log_probs: Float[Tensor, "b z *rest"]) -> Float[Tensor, " b *rest"]:
@@ -79,13 +81,15 @@ def rag_marginal(doc_scores: Float[Tensor, "b z"], log_probs: Float[Tensor, "b z
     Source:
         Lewis et al. 2020, section 2.5 (RAG-Token), arXiv:2005.11401
     """
-    scores, tokens = _wide("rag_marginal", doc_scores, log_probs)
-    share = scores.log_softmax(-1).view(*scores.shape, *[1] * (tokens.ndim - 2))
+    share, tokens = _wide("rag_marginal", doc_scores, log_probs)
+    share = share.view(*share.shape, *[1] * (tokens.ndim - 2))
     return torch.logsumexp(share + tokens, 1).to(log_probs.dtype)
 
 
 def _wide(op: str, doc_scores: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the documents' log-probabilities and the tokens', in float32 at least."""
     check_floating(op, doc_scores, log_probs)
+    check_one_device(op, doc_scores, log_probs)
     least = 2 if op == "rag_marginal" else 3
     fits = doc_scores.ndim == 2 and log_probs.ndim >= least and log_probs.shape[:2] == doc_scores.shape
     if not fits or doc_scores.shape[1] == 0 or (least == 3 and log_probs.ndim != 3):
@@ -96,7 +100,8 @@ def _wide(op: str, doc_scores: Tensor, log_probs: Tensor) -> tuple[Tensor, Tenso
             remedy="Score the answer once under each retrieved document.",
         )
     dtype = torch.promote_types(torch.promote_types(doc_scores.dtype, log_probs.dtype), torch.float32)
-    return doc_scores.to(dtype), log_probs.to(dtype)
+    scores, none = doc_scores.to(dtype), (doc_scores == -math.inf).all(-1, keepdim=True)
+    return scores.masked_fill(none, 0.0).log_softmax(-1).masked_fill(none, -math.inf), log_probs.to(dtype)
 
 
 def _masked(tokens: Tensor, mask: Tensor | None) -> Tensor:

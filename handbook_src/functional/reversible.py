@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_floating
+from handbook_src.functional.check import check_floating, check_one_device
 
 #: a branch: a tensor to a tensor of the same shape
 Branch = Callable[[Tensor], Tensor]
 #: the two branches F and G of a block, and the weights that they use
 Block = tuple[Branch, Branch, Sequence[Tensor]]
+#: states of the random numbers before and after a branch
+Noise = tuple[list[Tensor], list[Tensor]]
 
 
 def reversible(
@@ -35,6 +37,7 @@ def reversible(
 
     and runs each branch once more to differentiate it, with the same random numbers and under the same autocast.
     Rounding makes the recomputed inputs differ in the last bits, more so the deeper the stack.
+    Each gradient can be taken once: for second derivatives keep the activations (``recompute=False``).
     Under ``torch.compile`` the plain stack is traced; the compiler decides what to keep.
 
     Args:
@@ -46,7 +49,9 @@ def reversible(
 
     Raises:
         ShapeError: streams of two shapes, a branch that changes the shape, streams that are not floating point.
-        ConfigError: in the backward pass, a branch uses a tensor that wants a gradient and that is not named.
+        ConfigError: blocks that are no triples, a branch that changes its input in place; in the backward pass, a
+            branch uses a tensor that wants a gradient and that is not named, or draws other random numbers than
+            before, as dropout does after ``eval()``.
 
     Source:
         Gomez et al. 2017, eq. 4 and algorithm 1, arXiv:1707.04585; Kitaev et al. 2020, section 3, arXiv:2001.04451
@@ -55,6 +60,8 @@ def reversible(
     if x1.shape != x2.shape or x1.dtype != x2.dtype:
         got = f"{tuple(x1.shape)} {x1.dtype} and {tuple(x2.shape)} {x2.dtype}"
         raise ShapeError("reversible streams", got=got, want="two alike", remedy="Split an even axis with chunk(2).")
+    check_one_device("reversible", x1, x2)
+    blocks = [_distinct(block) for block in blocks]
     if not recompute or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         for f, g, _ in blocks:
             x1, x2 = forward(x1, x2, f, g)
@@ -62,6 +69,14 @@ def reversible(
     weights = [w for *_, used in blocks for w in used]
     y1, y2 = _Reversible.apply(x1, x2, blocks, *weights)
     return y1, y2
+
+
+def _distinct(block: Block) -> Block:
+    """The block with each weight named once: one that both branches use would get its gradient twice."""
+    if not isinstance(block, tuple | list) or len(block) != 3:
+        raise ConfigError("reversible block", got=repr(block), want="(F, G, weights)", remedy="Name the weights: [].")
+    f, g, weights = block
+    return f, g, list({id(w): w for w in weights}.values())
 
 
 def forward(x1: Tensor, x2: Tensor, f: Branch, g: Branch) -> tuple[Tensor, Tensor]:
@@ -151,12 +166,19 @@ def _refuse_strangers(made: Tensor, known: Sequence[Tensor]) -> None:
         queue += [parent for parent, _ in node.next_functions]
 
 
-def _remembered(branch: Branch, x: Tensor) -> tuple[Tensor, list[Tensor] | None]:
-    """Run a branch; return its output, and the state of the random numbers where it drew some."""
-    before = _noise(x.device)
+def _remembered(branch: Branch, x: Tensor) -> tuple[Tensor, Noise | None]:
+    """Run a branch; return its output, and the states of the random numbers around it where it drew some."""
+    before, version = _noise(x.device), x._version
     made = branch(x)
-    drew = any(not torch.equal(a, b) for a, b in zip(before, _noise(x.device), strict=True))
-    return made, before if drew else None
+    if x._version != version:
+        got, want = "a branch that changes its input in place", "branches that leave it as it is"
+        raise ConfigError("reversible branch", got=got, want=want, remedy="Take inplace=False: it is needed again.")
+    after = _noise(x.device)
+    return made, None if _alike(before, after) else (before, after)
+
+
+def _alike(before: list[Tensor], after: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def _noise(device: torch.device) -> list[Tensor]:
@@ -167,17 +189,24 @@ def _noise(device: torch.device) -> list[Tensor]:
 class _Replayed:
     """Put back the random state of the forward pass, and afterwards the present one."""
 
-    def __init__(self, states: list[Tensor] | None, device: torch.device) -> None:
-        self.states, self.device = states, device
+    def __init__(self, noise: Noise | None, device: torch.device) -> None:
+        self.noise, self.device = noise, device
 
     def __enter__(self) -> None:
-        if self.states is not None:
-            self.now = _noise(self.device)
-            self._set(self.states)
+        self.now = _noise(self.device)
+        if self.noise is not None:
+            self._set(self.noise[0])
 
-    def __exit__(self, *_: object) -> None:
-        if self.states is not None:
-            self._set(self.now)
+    def __exit__(self, kind: object, *_: object) -> None:
+        end, wanted = _noise(self.device), self.now if self.noise is None else self.noise[1]
+        self._set(self.now)
+        if kind is None and not _alike(end, wanted):
+            raise ConfigError(
+                "reversible branch",
+                got="other random numbers drawn in the backward pass",
+                want="as many as in the forward pass",
+                remedy="Call backward() before train() or eval() switches dropout.",
+            )
 
     def _set(self, states: Iterable[Tensor]) -> None:
         cpu, *cuda = states

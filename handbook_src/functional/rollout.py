@@ -156,10 +156,13 @@ def _check(op: str, weights: Sequence[Tensor] | Tensor, residual: float, heads: 
         raise ConfigError(
             f"{op} heads", got=repr(heads), want="'mean', 'max' or 'min'", remedy="The paper's is 'mean'."
         )
-    if len(weights) == 0:
+    if not isinstance(weights, Sequence | Tensor) or len(weights) == 0:
         raise ConfigError(f"{op} weights", got="no layer", want="one map a layer", remedy="See attention_maps().")
     first = weights[0]
     for w in weights:
+        if not isinstance(w, Tensor):
+            got, want = type(w).__name__, "tensors, one map a layer"
+            raise ConfigError(f"{op} weights", got=got, want=want, remedy="See attention_maps().")
         if w.ndim != 4 or w.shape[2] != w.shape[3] or w.shape[1] == 0 or w.shape[::2] != first.shape[::2]:
             raise ShapeError(
                 f"{op} weights",

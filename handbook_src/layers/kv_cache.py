@@ -119,6 +119,14 @@ def _layout(k: Tensor, v: Tensor) -> tuple[object, ...]:
     return (k.shape[0], *k.shape[2:], v.shape[3], k.dtype, k.device)
 
 
+def room(like: Tensor, *shape: int) -> Tensor:
+    """Return an unfilled block to write tokens into, within inference mode and outside it."""
+    if torch.compiler.is_compiling():
+        return like.new_empty(shape)
+    with torch.inference_mode(False):
+        return like.new_empty(shape)
+
+
 def held_bytes(*tensors: Tensor | None) -> int:
     """Return the bytes of what is there."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
@@ -189,7 +197,7 @@ class StaticCache(KVCache):
             )
         layout = _layout(k, v)
         if self._held != layout:
-            self._k, self._v = (x.new_empty((x.shape[0], self.capacity, *x.shape[2:])) for x in (k, v))
+            self._k, self._v = (room(x, x.shape[0], self.capacity, *x.shape[2:]) for x in (k, v))
             self._held = layout
         self._k[:, self.seen : end] = k
         self._v[:, self.seen : end] = v

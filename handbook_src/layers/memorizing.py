@@ -23,7 +23,8 @@ class KNNMemory:
     .. math:: \text{bytes} = 2 \cdot b \cdot \text{size} \cdot h \cdot e \cdot \text{bytes per element}
 
     The oldest make room for the newest.  What is stored is detached: it goes stale as the
-    weights move, and no gradient reaches it.
+    weights move, and no gradient reaches it.  What is stored under ``torch.inference_mode()`` serves training
+    as well.
 
     Args:
         size: the most tokens that each sample's memory holds.
@@ -36,7 +37,7 @@ class KNNMemory:
         1536 to 65536 (Wu et al. 2022); up to 262144 at their fine-tuning.
 
     Raises:
-        ConfigError: a size below one.
+        ConfigError: a size below one, an index that is no string.
 
     Source:
         Wu et al. 2022, section 3.1, arXiv:2203.08913
@@ -44,6 +45,9 @@ class KNNMemory:
 
     def __init__(self, size: int, *, index: str | None = None) -> None:
         check_size("KNNMemory", "size", size)
+        if index is not None and not isinstance(index, str):
+            remedy = "Flat, HNSW32; None searches exactly."
+            raise ConfigError("KNNMemory index", got=repr(index), want="a factory string of faiss", remedy=remedy)
         self.size, self.index = size, index
         self.reset()
 
@@ -80,8 +84,10 @@ class KNNMemory:
                 remedy="One for each sample of the batch; leave it out to clear all.",
             )
         if len(self._seen):
-            self._seen = self._seen.masked_fill(which.to(self._seen.device), 0)
+            with torch.inference_mode(False):
+                self._seen = self._seen.masked_fill(which.to(self._seen.device), 0)
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be written to or trained on outside
     @torch.no_grad()
     def add(self, k: Float[Tensor, "b t h e"], v: Float[Tensor, "b t h e"]) -> None:
         """Store the keys and values of new tokens, over the oldest where there is no room.
@@ -110,9 +116,9 @@ class KNNMemory:
             ConfigError: ``k`` below one.
         """
         check_size("KNNMemory.attend", "k", k)
+        self._check(q, q)
         if self._keys is None or self._values is None:
             return torch.zeros_like(q)
-        self._check(q, q)
         stored = int(self.lengths.max()) if len(self.lengths) and not q.is_meta else self.size
         keys, values = self._keys[:, :stored], self._values[:, :stored]
         return knn_attention(q, keys, values, k, lengths=self.lengths, scale=scale, index=self.index)

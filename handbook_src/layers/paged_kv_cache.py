@@ -10,7 +10,7 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_size
-from handbook_src.layers.kv_cache import KV, KVCache, held_bytes
+from handbook_src.layers.kv_cache import KV, KVCache, held_bytes, room
 
 
 @final
@@ -56,7 +56,15 @@ class PagePool:
             self.users[page] += 1
 
     def release(self, pages: list[int]) -> None:
-        """Count one user less; a page without users is free again."""
+        """Count one user less; a page without users is free again.
+
+        Raises:
+            ConfigError: a page that nobody uses.
+        """
+        idle = [page for page in pages if self.users[page] == 0]
+        if idle:
+            remedy = "Release what take() or share() counted, once."
+            raise ConfigError("PagePool.release", got=f"free pages {idle}", want="pages in use", remedy=remedy)
         for page in pages:
             self.users[page] -= 1
             if self.users[page] == 0:
@@ -69,7 +77,7 @@ class PagePool:
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Make the store on first use, and refuse keys and values that don't fit it later."""
         if self.k is None or self.v is None:
-            self.k, self.v = (x.new_empty((self.pages, self.page_size, *x.shape[2:])) for x in (k, v))
+            self.k, self.v = (room(x, self.pages, self.page_size, *x.shape[2:]) for x in (k, v))
             return
         now = (*k.shape[2:], v.shape[3], k.dtype, k.device)
         was = (*self.k.shape[2:], self.v.shape[3], self.k.dtype, self.k.device)
@@ -87,7 +95,8 @@ class PagedCache(KVCache):
     """Store tokens in fixed-size pages found through a block table, as an operating system does.
 
     A text wastes at most ``page_size - 1`` tokens, pages need not lie side by side, and
-    :meth:`fork` shares a prompt's pages between continuations until one of them writes.
+    :meth:`fork` shares a prompt's pages between continuations until one of them writes.  A cache that is
+    dropped gives its pages back, as :meth:`reset` does.
 
     Args:
         pool: where pages come from and go back to.
@@ -104,6 +113,10 @@ class PagedCache(KVCache):
             )
         self.pool = pool
         self.table: list[list[int]] = []
+
+    def __del__(self) -> None:
+        if hasattr(self, "table"):  # not where the pool was refused
+            self._clear()
 
     @property
     def length(self) -> int:

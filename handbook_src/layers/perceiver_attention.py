@@ -14,6 +14,7 @@ from handbook_src.functional.check import (
     check_features,
     check_floating,
     check_one_dtype,
+    check_parameter_dtype,
     check_probability,
     check_rank,
     check_size,
@@ -74,6 +75,7 @@ class LatentCrossAttention(nn.Module):
         super().__init__()
         for name, size in (("dim", dim), ("kv_dim", kv_dim), ("heads", heads), ("widening", widening)):
             check_size("LatentCrossAttention", name, size)
+        check_parameter_dtype("LatentCrossAttention", dtype)
         check_probability("LatentCrossAttention", "dropout", dropout)
         like = {"device": device, "dtype": dtype}
         self.dim, self.kv_dim, self.residual = dim, kv_dim, residual
@@ -147,6 +149,7 @@ class LatentSelfAttention(nn.Module):
         super().__init__()
         for name, size in (("dim", dim), ("heads", heads), ("widening", widening)):
             check_size("LatentSelfAttention", name, size)
+        check_parameter_dtype("LatentSelfAttention", dtype)
         check_probability("LatentSelfAttention", "dropout", dropout)
         like = {"device": device, "dtype": dtype}
         self.dim = dim
@@ -218,6 +221,7 @@ class PerceiverAttention(nn.Module):
         sizes = (("latents", latents), ("dim", dim), ("input_dim", input_dim), ("heads", heads), ("repeats", repeats))
         for name, size in sizes:
             check_size("PerceiverAttention", name, size)
+        check_parameter_dtype("PerceiverAttention", dtype)
         check_size("PerceiverAttention", "depth", depth, least=0)
         if dim % heads:
             got = f"{heads} for dim {dim}"

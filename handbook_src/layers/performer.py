@@ -78,6 +78,12 @@ class PerformerAttention(MultiHeadAttention):
         self.kind, self.orthogonal = kind, orthogonal
         self.register_buffer("projection", random_features(self.head_dim, self.features, orthogonal=orthogonal))
 
+    def reset_parameters(self) -> None:
+        """Draw the weights as multi-head attention does, and new directions."""
+        super().reset_parameters()
+        if "projection" in self._buffers:  # not yet while the layer is made
+            self.redraw()
+
     @torch.no_grad()
     def redraw(self, generator: torch.Generator | None = None) -> None:
         """Draw new directions, in place; call it every few hundred steps of training, and not in evaluation.

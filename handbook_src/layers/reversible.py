@@ -63,7 +63,8 @@ class ReversibleStack(nn.Module):
     .. math:: (x_1, x_2) \mapsto (B_L \circ \dots \circ B_1)(x_1, x_2)
 
     See :func:`handbook_src.functional.reversible.reversible`: gradients are those of the plain stack, up to rounding.
-    Each branch runs twice, so a norm that keeps running statistics updates them twice a step.
+    Each branch runs twice, in the same mode (call ``backward()`` before ``eval()``), so a norm that keeps running
+    statistics updates them twice a step.
 
     Args:
         blocks: of :class:`ReversibleBlock`.

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.linformer import LinformerAttention
 
 Edit = Callable[[str, Tensor], Tensor]
 Where = Callable[[str, MultiHeadAttention], bool]
@@ -32,7 +33,7 @@ def attention_maps(model: nn.Module, where: Where | None = None) -> Iterator[lis
         where: called with a layer's name and the layer: true for those to record, all unless given.
 
     Raises:
-        ConfigError: no such layer, or a forward pass with a key-value cache.
+        ConfigError: no such layer, or a forward pass with a key-value cache or a state.
 
     Source:
         Vaswani et al. 2017, eq. 1, arXiv:1706.03762
@@ -68,7 +69,7 @@ def edited_attention(model: nn.Module, edit: Edit, where: Where | None = None) -
         where: called with a layer's name and the layer: true for those to edit, all unless given.
 
     Raises:
-        ConfigError: no such layer, or a forward pass with a key-value cache.
+        ConfigError: no such layer, one that weighs mixtures (Linformer), or a forward pass with a cache or a state.
         ShapeError: the edit changed the shape.
 
     Source:
@@ -83,6 +84,9 @@ def edited_attention(model: nn.Module, edit: Edit, where: Where | None = None) -
     """
 
     def replace(name: str, layer: MultiHeadAttention, call: dict[str, Any], output: Tensor) -> Tensor:
+        if isinstance(layer, LinformerAttention):
+            got, want = f"{name or 'the model'}, whose weights stand for mixtures of keys", "weights b h t s of keys"
+            raise ConfigError("edited_attention", got=got, want=want, remedy="Leave the layer out with where=.")
         weights = layer.weights(**call)
         new = edit(name, weights)
         if new.shape != weights.shape:
@@ -93,6 +97,7 @@ def edited_attention(model: nn.Module, edit: Edit, where: Where | None = None) -
                 remedy="Return weights b h t s, one for each that came in.",
             )
         _, _, v = layer._project(call["x"], call.get("memory"), None)
+        v = repeat(v, "b s g e -> b s (g r) e", r=layer.heads // layer.kv_heads)
         mixed = torch.einsum("bhts,bshe->bthe", new.to(v.dtype), v)
         return layer.out_proj(rearrange(mixed, "b t h e -> b t (h e)"))
 
@@ -123,13 +128,14 @@ def _hooked(model: nn.Module, where: Where | None, act: Callable[..., Tensor | N
 def _hook(name: str, act: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     def hook(layer: MultiHeadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         call = dict(inspect.signature(layer.forward).bind(*args, **kwargs).arguments)
-        if call.pop("cache", None) is not None:
-            raise ConfigError(
-                "attention maps",
-                got="a forward pass with a cache",
-                want="one over the whole text",
-                remedy="Leave the cache out: without it the pass gives every row of the map.",
-            )
+        for past in ("cache", "state"):
+            if call.pop(past, None) is not None:
+                raise ConfigError(
+                    "attention maps",
+                    got=f"a forward pass with a {past}",
+                    want="one over the whole text",
+                    remedy=f"Leave the {past} out: without it the pass gives every row of the map.",
+                )
         return act(name, layer, call, output)
 
     return hook

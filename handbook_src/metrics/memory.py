@@ -29,7 +29,7 @@ def peak_bytes(call: Callable[[], Any], *, device: torch.device | str = "cpu") -
         device: where it runs.
 
     Raises:
-        ConfigError: ``call`` can't be called.
+        ConfigError: ``call`` can't be called, or there is no such device.
 
     Example:
         >>> peak_bytes(lambda: torch.zeros(1000).neg())
@@ -37,7 +37,10 @@ def peak_bytes(call: Callable[[], Any], *, device: torch.device | str = "cpu") -
     """
     if not callable(call):
         raise ConfigError("peak_bytes call", got=type(call).__name__, want="a function", remedy="Wrap it in a lambda.")
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ConfigError("peak_bytes device", got=repr(device), want="a device of torch", remedy="Pass 'cpu'.") from e
     if where.type == "cuda":
         torch.cuda.synchronize(where)
         before = torch.cuda.memory_allocated(where)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.functional.check import check_positive, check_probability, check_size
 from handbook_src.functional.knn_lm import knn_lm_log_probs
-from handbook_src.functional.knn_memory import faiss_index, faiss_library, train_and_add
+from handbook_src.functional.knn_memory import faiss_index, train_and_add, visit_cells
 
 #: Scores held at once by the exact search: 64 MiB in float32.
 CHUNK = 2**24
@@ -74,21 +74,25 @@ class Datastore:
     @property
     def keys(self) -> Float[Tensor, "n d"]:
         """All vectors, in the order in which they came."""
-        self._keys = [torch.cat(self._keys)]
+        self._keys = self._keys if len(self._keys) == 1 else [torch.cat(self._keys)]
         return self._keys[0]
 
     @property
     def tokens(self) -> Int[Tensor, " n"]:
         """The token that followed each vector."""
-        self._tokens = [torch.cat(self._tokens)]
+        self._tokens = self._tokens if len(self._tokens) == 1 else [torch.cat(self._tokens)]
         return self._tokens[0]
 
     def add(self, keys: Float[Tensor, "n d"], tokens: Int[Tensor, " n"]) -> None:
-        """Append pairs; an index is built anew at the next search.
+        """Append copies of the pairs; an index is built anew at the next search.
 
         Raises:
-            ShapeError: another number of features, not one token a key, or a key that is not finite.
+            ShapeError: another number of features, not one token a key, a key that is not finite, a negative token.
+            ConfigError: no tensors.
         """
+        if not isinstance(keys, Tensor) or not isinstance(tokens, Tensor):
+            got = f"{type(keys).__name__} and {type(tokens).__name__}"
+            raise ConfigError("Datastore.add", got=got, want="two tensors", remedy="Wrap them: torch.tensor(...).")
         if keys.ndim != 2 or keys.shape[1] != self.dim or tokens.shape != keys.shape[:1] or not _integers(tokens):
             raise ShapeError(
                 "Datastore.add",
@@ -96,13 +100,19 @@ class Datastore:
                 want=f"keys (n, {self.dim}) and n integers",
                 remedy="Flatten batch and time first.",
             )
-        keys = keys.detach().float().cpu()
+        if keys.is_meta or tokens.is_meta:
+            got, want = "tensors on the meta device", "vectors to store"
+            raise ShapeError("Datastore.add", got=got, want=want, remedy="Run the model on a real device.")
+        if len(tokens) and int(tokens.min()) < 0:
+            remedy = "Leave out padding and ignored labels."
+            raise ShapeError("Datastore.add tokens", got=int(tokens.min()), want="at least 0", remedy=remedy)
+        keys = keys.detach().to("cpu", torch.float32, copy=True)
         if not bool(keys.isfinite().all()):
             raise ShapeError(
                 "Datastore.add keys", got="NaN or infinity", want="finite vectors", remedy="Find where the model left."
             )
         self._keys.append(keys)
-        self._tokens.append(tokens.detach().cpu().long())
+        self._tokens.append(tokens.detach().to("cpu", torch.int64, copy=True))
         self._built = None
 
     def search(self, queries: Float[Tensor, "m d"], k: int) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
@@ -139,8 +149,14 @@ class Datastore:
         return distances, rows.gather(-1, order)
 
     def save(self, path: str | Path) -> None:
-        """Write keys and tokens as safetensors, whole or not at all."""
+        """Write keys and tokens as safetensors, whole or not at all.
+
+        Raises:
+            DataError: the path is a folder.
+        """
         path = Path(path)
+        if path.is_dir():
+            raise DataError(str(path), got="a folder", want="a file", remedy="Name one: folder / 'store.safetensors'.")
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
@@ -187,8 +203,7 @@ class Datastore:
             assert self.index is not None
             built = faiss_index("Datastore", self.index, self.dim, "l2")
             train_and_add("Datastore", built, self.keys.numpy())
-            with contextlib.suppress(RuntimeError):  # kinds without cells have no such setting
-                faiss_library("Datastore").ParameterSpace().set_index_parameter(built, "nprobe", self.probes)
+            visit_cells("Datastore", built, self.probes)
             self._built = built
         return torch.from_numpy(self._built.search(queries.numpy(), k)[1])
 
@@ -259,7 +274,7 @@ class KNNLanguageModel(nn.Module):
         logits, vectors = self.reader(tokens)
         distances, found = self.store.search(vectors.flatten(0, 1), self.k)
         distances, found = (x.unflatten(0, tuple(tokens.shape)) for x in (distances, found))
-        return knn_lm_log_probs(logits, distances.to(logits.dtype), found, self.lam, temperature=self.temperature)
+        return knn_lm_log_probs(logits, distances, found, self.lam, temperature=self.temperature)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, lam={self.lam}, temperature={self.temperature}, pairs={len(self.store)}"

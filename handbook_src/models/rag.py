@@ -12,7 +12,7 @@ from torch import Tensor
 from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.functional.check import check_positive, check_size
 from handbook_src.functional.rag import rag_sequence, rag_token
-from handbook_src.models.retrieval import Embed, Passage, Retriever, sentences
+from handbook_src.models.retrieval import Embed, Passage, Retriever, listed, sentences
 
 #: Question, passage and answers to one row of token log-probabilities an answer (``n t``).
 Generator = Callable[[str, Passage, Sequence[str]], Tensor]
@@ -107,6 +107,9 @@ class RAG:
         check_positive("RAG", "temperature", temperature)
         if kind not in ("sequence", "token"):
             raise ConfigError("RAG kind", got=repr(kind), want="'sequence' or 'token'", remedy="Start with 'sequence'.")
+        if not all(isinstance(passage, Passage) for passage in passages):
+            remedy = "Make them with split_markdown, or Passage(source, label, title, text)."
+            raise ConfigError("RAG passages", got="something else", want="Passage objects", remedy=remedy)
         if not passages:
             raise DataError("RAG passages", got="none", want="at least one", remedy="Cut some pages into passages.")
         self.passages, self.retriever, self.generator = list(passages), retriever, generator
@@ -134,8 +137,19 @@ class RAG:
         return scores / self.temperature, [self.passages[i] for i in rows.tolist()]
 
     def log_prob(self, question: str, answers: Sequence[str]) -> Tensor:
-        """Return the log-probability of each answer, marginalised over the passages found."""
+        """Return the log-probability of each answer, marginalised over the passages found.
+
+        Raises:
+            DataError: no passage was found.
+            ConfigError: one string in the place of a list.
+        """
+        answers = listed(answers)
         scores, found = self.retrieve(question)
+        if not found:
+            got = f"no passage for {question!r}"
+            raise DataError(
+                "RAG.log_prob", got=got, want="at least one", remedy="Ask the retriever for more, or answer without."
+            )
         return self._marginal(scores, found, question, answers)
 
     def answer(self, question: str) -> Answer:

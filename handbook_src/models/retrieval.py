@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, DataError, ShapeError
-from handbook_src.functional.check import check_finite, check_positive, check_probability, check_size
-from handbook_src.functional.knn_memory import faiss_index, faiss_library, train_and_add
+from handbook_src.functional.check import check_positive, check_probability, check_size
+from handbook_src.functional.knn_memory import faiss_index, train_and_add, visit_cells
 
 #: Texts to unit vectors, one row each.
 Embed = Callable[[Sequence[str]], Tensor]
@@ -144,19 +144,22 @@ class DenseRetriever:
         self._built: Any = None
 
     def fit(self, texts: Sequence[str] | Float[Tensor, "n d"]) -> DenseRetriever:
-        """Embed the collection (or take its vectors ready-made) and build the index; returns itself."""
-        vectors = texts if isinstance(texts, Tensor) else self.embed(list(texts))
-        if vectors.ndim != 2 or not vectors.is_floating_point():
-            got = f"{tuple(vectors.shape)} of {vectors.dtype}"
-            raise ShapeError(
-                "DenseRetriever vectors", got=got, want="n d, floating", remedy="One vector for each text."
-            )
-        self.vectors = vectors.detach().float().cpu().contiguous()
+        """Embed the collection (or copy its vectors ready-made) and build the index; returns itself.
+
+        Raises:
+            ShapeError: vectors that are not ``n d``, floating and finite, or not one for each text.
+            ConfigError: one string in the place of a list, or too few texts to train an ``IVF`` index.
+        """
+        count = len(texts) if isinstance(texts, Tensor) and texts.ndim else -1
+        if not isinstance(texts, Tensor):
+            texts = listed(texts)
+            count = len(texts)
+        vectors = _vectors(texts if isinstance(texts, Tensor) else self.embed(texts), count)
+        self.vectors = vectors.clone()
         if self.index is not None:
             self._built = faiss_index("DenseRetriever", self.index, vectors.shape[1], "ip")
             train_and_add("DenseRetriever", self._built, self.vectors.numpy())
-            if "IVF" in self.index:
-                faiss_library("DenseRetriever").ParameterSpace().set_index_parameter(self._built, "nprobe", self.probes)
+            visit_cells("DenseRetriever", self._built, self.probes)
         return self
 
     def search(self, questions: Sequence[str], k: int) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
@@ -164,12 +167,14 @@ class DenseRetriever:
 
         Raises:
             DataError: nothing was fitted.
-            ConfigError: ``k`` below one.
+            ConfigError: ``k`` below one, or one string in the place of a list.
+            ShapeError: the questions' vectors are of another width than the texts'.
         """
         check_size("DenseRetriever.search", "k", k)
         if self.vectors is None or len(self.vectors) == 0:
             raise DataError("DenseRetriever", got="no texts", want="a collection", remedy="Call fit first.")
-        queries = self.embed_question(_listed(questions)).detach().float().cpu().contiguous()
+        questions = listed(questions)
+        queries = _vectors(self.embed_question(questions), len(questions), self.vectors.shape[1])
         if self._built is not None:
             scores, rows = (torch.from_numpy(x) for x in self._built.search(queries.numpy(), k))
             return scores.masked_fill(rows < 0, -math.inf), rows
@@ -205,7 +210,6 @@ class BM25:
 
     def __init__(self, *, k1: float = 1.5, b: float = 0.75) -> None:
         check_positive("BM25", "k1", k1)
-        check_finite("BM25", "b", b)
         check_probability("BM25", "b", b, below_one=False)
         self.k1, self.b = k1, b
         self._weights: dict[str, dict[int, float]] = {}
@@ -213,7 +217,7 @@ class BM25:
 
     def fit(self, texts: Sequence[str]) -> BM25:
         """Count the words of the collection; returns itself."""
-        counts = [Counter(words_of(text)) for text in _listed(texts)]
+        counts = [Counter(words_of(text)) for text in listed(texts)]
         lengths = [sum(c.values()) for c in counts]
         mean = sum(lengths) / max(1, len(lengths)) or 1.0
         holds = Counter(w for c in counts for w in c)
@@ -235,7 +239,7 @@ class BM25:
         check_size("BM25.search", "k", k)
         if self._count == 0:
             raise DataError("BM25", got="no texts", want="a collection", remedy="Call fit first.")
-        questions = _listed(questions)
+        questions = listed(questions)
         scores = torch.zeros(len(questions), self._count, dtype=torch.float64)
         for i, question in enumerate(questions):
             for w in words_of(question):
@@ -249,6 +253,19 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+def _vectors(x: Tensor, count: int, features: int | None = None) -> Tensor:
+    """Check an encoder's vectors and bring them to float32 on the CPU."""
+    fits = x.ndim == 2 and len(x) == count and x.is_floating_point() and features in (None, x.shape[1])
+    if not fits or not bool(x.isfinite().all()):
+        raise ShapeError(
+            "DenseRetriever vectors",
+            got=f"{tuple(x.shape)} of {x.dtype}" + (", not finite" if fits else ""),
+            want=f"({count}, {features or 'd'}), floating and finite",
+            remedy="One vector for each text, questions as wide as texts.",
+        )
+    return x.detach().float().cpu().contiguous()
+
+
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sort stably: of equal scores the earlier row comes first, on every machine."""
     best, rows = scores.sort(dim=-1, descending=True, stable=True)
@@ -258,7 +275,7 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return pad(best, (0, missing), value=-math.inf), pad(rows, (0, missing), value=-1)
 
 
-def _listed(texts: Sequence[str]) -> list[str]:
+def listed(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
         got = "one string" if isinstance(texts, str) else "something that is no string"
         raise ConfigError("texts to search", got=got, want="a list of strings", remedy="Wrap it: [question].")

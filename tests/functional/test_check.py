@@ -84,3 +84,13 @@ def test_one_integer_serves_all_axes():
 def test_other_counts_are_refused(value):
     with refuses(ConfigError, "op stride"):
         check.as_tuple("op", "stride", value, 2)
+
+
+def test_one_device_and_dtypes_that_are_none() -> None:
+    x = torch.zeros(1)
+    check.check_one_device("op", x, x)
+    with refuses(ShapeError, "meta", "cpu"):
+        check.check_one_device("op", x, x.to("meta"))
+    for dtype in ("float32", 5):
+        with refuses(ConfigError, dtype):
+            check.check_parameter_dtype("op", dtype)

@@ -166,3 +166,22 @@ def test_refusals() -> None:
         knn_lm_log_probs(logits, distances[0], tokens[0])
     with refuses(ShapeError, "int64"):
         knn_lm_log_probs(logits.long(), distances, tokens)
+
+
+@pytest.mark.law(ID)
+def test_neighbours_at_infinity_have_no_vote() -> None:
+    distances = torch.tensor([[math.inf, math.inf], [1.0, math.inf]])
+    tokens, logits = torch.tensor([[0, 1], [2, 1]]), torch.randn(2, 4)
+    torch.testing.assert_close(knn_probabilities(distances, tokens, 4), torch.tensor([[0.0] * 4, [0.0, 0.0, 1.0, 0.0]]))
+    mixed = knn_lm_log_probs(logits, distances, tokens)
+    torch.testing.assert_close(mixed[0], logits[0].log_softmax(-1))
+    torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(2))
+
+
+@pytest.mark.refusal(ID)
+def test_two_devices_are_refused() -> None:
+    distances, tokens = torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    with refuses(ShapeError, "meta", "cpu"):
+        knn_probabilities(distances, tokens.to("meta"), 4)
+    with refuses(ShapeError, "meta", "cpu"):
+        knn_lm_log_probs(torch.randn(2, 4, device="meta"), distances, tokens)

@@ -291,3 +291,30 @@ def test_a_missing_faiss_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
     with refuses(KernelUnavailable, "pip install faiss-cpu"):
         faiss_index("here", "Flat", 3, "l2")
     assert knn_attention(q, keys, values, 3).shape == (2, 3, 2, 4)
+
+
+@pytest.mark.refusal(ID)
+def test_what_was_found_must_fit() -> None:
+    q, keys = torch.randn(2, 5, 4, 3), torch.randn(2, 7, 4, 3)
+    with refuses(ShapeError, "(2, 5, 3, 2)", "(2, 5, 4, 'k')"):
+        attend_to_found(q, keys, keys, torch.zeros(2, 5, 3, 2, dtype=torch.int64))
+    with refuses(ShapeError, "torch.float32"):
+        attend_to_found(q, keys, keys, torch.zeros(2, 5, 4, 2))
+    with refuses(ShapeError, "the largest 7", "below 7"):
+        attend_to_found(q, keys, keys, torch.full((2, 5, 4, 2), 7))
+    with refuses(ConfigError, "list"):
+        knn_attention(q, keys, keys, 3, lengths=[1, 2])
+    with refuses(ShapeError, "meta", "cpu"):
+        knn_attention(q, keys.to("meta"), keys, 3)
+    with refuses(ShapeError, "(3,)", "(2,) booleans"):
+        memory_gate(q, q, torch.zeros(4), torch.ones(3, dtype=torch.bool))
+    with refuses(ShapeError, "torch.float32"):
+        memory_gate(q, q, torch.zeros(4), torch.ones(2))
+    with refuses(ShapeError, "torch.int64"):
+        normalize_heads(torch.ones(1, 1, 1, 3, dtype=torch.int64))
+
+
+@pytest.mark.law(ID)
+def test_far_more_neighbours_than_keys_cost_no_more_than_all() -> None:
+    q, keys = torch.randn(2, 5, 4, 3), torch.randn(2, 7, 4, 3)
+    torch.testing.assert_close(knn_attention(q, keys, keys, 10**9), knn_attention(q, keys, keys, 7))

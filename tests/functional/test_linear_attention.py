@@ -444,3 +444,16 @@ def test_the_core_takes_features_as_they_are() -> None:
     got = kernel_attention(elu_features(q), elu_features(k), v, seen, causal=True, chunk=2)
     mask = causal.dense(5) & seen[:, None, None]
     torch.testing.assert_close(got, literally(q, k, v, mask))
+
+
+@pytest.mark.refusal("linear-attention")
+def test_states_and_feature_maps_that_are_none() -> None:
+    x = torch.randn(1, 3, 1, 4)
+    for state in ((torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4)), 5):
+        with refuses(ConfigError, type(state).__name__, "LinearState"):
+            linear_attention(x, x, x, state=state)
+        with refuses(ConfigError, type(state).__name__, "LinearState"):
+            linear_attention_step(state, x[:, 0], x[:, 0], x[:, 0])
+    for phi in (["elu"], None, 3):
+        with refuses(ConfigError, repr(phi)):
+            linear_attention(x, x, x, feature_map=phi)

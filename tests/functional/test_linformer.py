@@ -225,3 +225,10 @@ def test_refuses_causal_and_other_masks_and_numbers() -> None:
         linformer_attention(q, k, v, e, dropout=1.0)
     with refuses(ConfigError, "'triton'"):
         linformer_attention(q, k, v, e, backend="triton")
+
+
+@pytest.mark.refusal("linformer")
+def test_projections_on_another_device() -> None:
+    x = torch.randn(1, 3, 1, 4)
+    with refuses(ShapeError, "meta", "cpu"):
+        linformer_attention(x, x, x, torch.randn(2, 3, device="meta"))

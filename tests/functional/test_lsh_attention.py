@@ -522,3 +522,26 @@ def test_two_buckets_for_each_chunk() -> None:
     assert [lsh_factors(t, 64) for t in (0, 1, 64, 65, 2048, 4096, 2**20)] == [
         [2], [2], [2], [4], [64], [8, 16], [128, 256]
     ]  # fmt: skip
+
+
+@pytest.mark.refusal("reformer")
+def test_directions_and_buckets_that_are_none() -> None:
+    qk = torch.randn(1, 6, 2, 4)
+    for bad, said in ((None, "got None"), (3, "got 3"), ([None], "[None]")):
+        with refuses(ConfigError, said, "lsh_rotations"):
+            lsh_attention(qk, qk, bad)
+    with refuses(ShapeError, "()"):
+        lsh_attention(qk, qk, torch.tensor(1.0))
+    with refuses(ShapeError, "meta", "cpu"):
+        lsh_attention(qk, qk, torch.randn(1, 2, 4, 2, device="meta"))
+    with refuses(ShapeError, "meta", "cpu"):
+        lsh_attention(qk, qk.to("meta"), torch.randn(1, 2, 4, 2))
+    with refuses(ConfigError, "torch.int64"):
+        lsh_rotations(1, 2, 4, 4, dtype=torch.int64)
+    buckets = torch.zeros(1, 2, 1, 6, dtype=torch.int64)
+    with refuses(ConfigError, "chunk", 0):
+        lsh_meetings(buckets, chunk=0)
+    with refuses(ConfigError, "look_back", -1):
+        lsh_meetings(buckets, look_back=-1)
+    with refuses(ShapeError, "torch.float32"):
+        lsh_meetings(buckets.float())

@@ -374,3 +374,16 @@ def test_refuses_numbers_that_cannot_work() -> None:
         random_features(4, 4, dtype=torch.int64)
     with refuses(ConfigError, "'fast'"):
         performer_attention(q, k, v, w, form="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.refusal("performer")
+def test_shifts_dtypes_and_devices() -> None:
+    x, w = torch.randn(1, 3, 1, 4), torch.randn(5, 4)
+    for bad in (math.nan, math.inf, True, "a"):
+        with refuses(ConfigError, "shift", repr(bad)):
+            softmax_features(x, w, shift=bad)
+    for dtype in (torch.int64, "float32"):
+        with refuses(ConfigError, dtype):
+            random_features(4, 5, dtype=dtype)
+    with refuses(ShapeError, "meta", "cpu"):
+        performer_attention(x, x, x, w.to("meta"))

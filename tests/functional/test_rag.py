@@ -136,7 +136,7 @@ def test_low_precision_and_double_backward() -> None:
 def test_refusals() -> None:
     scores, log_p = draw(2, 3, 4)
     for marginal in (rag_sequence, rag_token, rag_marginal):
-        name = marginal.__name__ if marginal is not rag_token else "rag_marginal"
+        name = marginal.__name__
         for s, p in ((scores[:, :2], log_p), (scores[0], log_p), (scores[:, :0], log_p[:, :0])):
             with refuses(ShapeError, name, tuple(s.shape), tuple(p.shape)):
                 marginal(s, p)
@@ -147,3 +147,41 @@ def test_refusals() -> None:
             rag_sequence(scores, log_p, mask)
     with refuses(ShapeError, "(2, 3, 4, 1)"):
         rag_sequence(scores, log_p[..., None])
+
+
+@pytest.mark.law(ID)
+def test_a_nan_in_the_padding_does_not_come_back_through_the_gradient() -> None:
+    scores, log_p = draw(2, 3, 4)
+    mask = torch.arange(4) < torch.tensor([[4], [2]])
+    log_p = log_p.masked_fill(~mask[:, None], math.nan).requires_grad_()
+    for marginal in (rag_sequence, rag_token):
+        (grad,) = torch.autograd.grad(marginal(scores, log_p, mask).sum(), log_p)
+        assert grad.isfinite().all()
+        assert (grad.masked_select(~mask[:, None].expand_as(grad)) == 0).all()
+
+
+@pytest.mark.law(ID)
+def test_no_document_found_means_no_probability() -> None:
+    scores = torch.tensor([[-math.inf] * 3, [0.0, -math.inf, 1.0]], dtype=torch.float64, requires_grad=True)
+    _, log_p = draw(2, 3, 4)
+    for marginal in (rag_sequence, rag_token):
+        out = marginal(scores, log_p)
+        assert out[0] == -math.inf
+        assert out[1].isfinite()
+        (grad,) = torch.autograd.grad(out[1], scores)
+        assert grad.isfinite().all()
+
+
+@pytest.mark.law(ID)
+def test_halves_are_summed_in_float32_and_rounded_once() -> None:
+    scores, log_p = (x.bfloat16() for x in draw(3, 4, 200))
+    exact = rag_token(scores.double(), log_p.double())
+    assert torch.equal(rag_token(scores, log_p), exact.bfloat16())
+
+
+@pytest.mark.refusal(ID)
+def test_two_devices_are_refused() -> None:
+    scores, log_p = draw(2, 3, 4)
+    for marginal in (rag_sequence, rag_token, rag_marginal):
+        with refuses(ShapeError, "meta", "cpu"):
+            marginal(scores, log_p.to("meta"))

@@ -213,3 +213,38 @@ def test_weights_that_changed_before_the_backward_pass_are_refused() -> None:
         w.mul_(2)
     with refuses(ConfigError, "weights changed", "optimiser"):
         y1.sum().backward()
+
+
+def test_a_weight_that_is_named_twice_gets_its_gradient_once() -> None:
+    w, x1, x2 = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def branch(x: Tensor) -> Tensor:
+        return torch.tanh(x @ w)
+
+    def gradient(weights: list[Tensor], recompute: bool) -> Tensor:
+        y1, y2 = reversible(x1, x2, [(branch, branch, weights)], recompute=recompute)
+        return torch.autograd.grad((y1.square() + y2).sum(), w)[0]
+
+    torch.testing.assert_close(gradient([w, w], True), gradient([w], False))
+    once = reversible(x1, x2, ((branch, branch, [w]) for _ in range(2)))  # type: ignore[arg-type]
+    torch.testing.assert_close(once, reversible(x1, x2, [(branch, branch, [w])] * 2))
+
+
+def test_branches_that_cannot_be_run_again_alike_are_refused() -> None:
+    x1, x2 = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+    kept = x2.detach().clone()
+    with refuses(ConfigError, "in place", "inplace=False"):
+        reversible(x1, x2, [(lambda x: x, lambda x: x.mul_(2.0), [])])
+    torch.testing.assert_close(x2, kept)
+    noisy = torch.nn.Dropout(0.5)
+    for before, after in ((True, False), (False, True)):
+        y1, y2 = reversible(x1, x2, [(noisy.train(before), lambda x: x, [])])
+        noisy.train(after)
+        state = torch.get_rng_state()
+        with refuses(ConfigError, "random numbers", "eval()"):
+            (y1 + y2).sum().backward()
+        assert torch.equal(torch.get_rng_state(), state)
+    with refuses(ConfigError, "(F, G, weights)"):
+        reversible(x1, x2, [(noisy, noisy)])  # type: ignore[list-item]
+    with refuses(ShapeError, "meta", "cpu"):
+        reversible(x1, x2.detach().to("meta"), [])

@@ -249,3 +249,13 @@ def test_flow_refuses_scores() -> None:
     for bad in (-1.0, math.nan):
         with refuses(ShapeError, "NaN or a negative", "softmax"):
             attention_flow([torch.full((1, 1, 2, 2), bad)])
+
+
+@pytest.mark.refusal(ID)
+def test_what_is_no_map_is_refused() -> None:
+    for rolled in (attention_rollout, attention_flow):
+        for bad in (None, []):
+            with refuses(ConfigError, "no layer"):
+                rolled(bad)
+        with refuses(ConfigError, "NoneType"):
+            rolled([None])

@@ -412,3 +412,33 @@ def test_a_copy_goes_its_own_way(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert other.update(k[:, :1], v[:, :1])[0].shape[1] >= one[0].shape[1]
     assert cache.seen == 5
+
+
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize(
+    "make", [AppendCache, lambda: StaticCache(8), QuantizedCache, SinkCache, lambda: PagedCache(PagePool(4, 2))]
+)
+def test_a_cache_begun_in_inference_mode_goes_on_outside(make: Callable[[], KVCache]) -> None:
+    k, v = torch.randn(2, 1, 4, 2, 3)
+    cache, usual = make(), make()
+    with torch.inference_mode():
+        cache.update(k[:, :2], v[:, :2])
+    with torch.no_grad():
+        usual.update(k[:, :2], v[:, :2])
+        torch.testing.assert_close(cache.update(k[:, 2:], v[:, 2:]), usual.update(k[:, 2:], v[:, 2:]))
+
+
+@pytest.mark.law("kv-cache")
+def test_a_dropped_cache_gives_its_pages_back() -> None:
+    pool = PagePool(4, 2)
+    x = torch.randn(1, 4, 1, 1)
+    cache = PagedCache(pool)
+    cache.update(x, x)
+    other = cache.fork()
+    del cache
+    assert pool.free == 2  # the fork still reads them
+    del other
+    assert pool.free == 4
+    with refuses(ConfigError, "[0]", "in use"):
+        pool.release([0])
+    assert pool.free == 4

@@ -296,3 +296,30 @@ def test_a_missing_faiss_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     layer(x, memory)
     with refuses(KernelUnavailable, "pip install faiss-cpu"):
         layer(x, memory)
+
+
+@pytest.mark.law(ID)
+def test_a_memory_filled_in_inference_mode_serves_training() -> None:
+    layer, plain, x = MemorizingAttention(8, 2, k=2), MemorizingAttention(8, 2, k=2), torch.randn(2, 3, 8)
+    plain.load_state_dict(layer.state_dict())
+    memory, usual = KNNMemory(4), KNNMemory(4)
+    with torch.inference_mode():
+        layer(x, memory)
+        memory.clear(torch.tensor([True, False]))
+    with torch.no_grad():
+        plain(x, usual)
+        usual.clear(torch.tensor([True, False]))
+    for _ in range(2):
+        layer(x, memory).sum().backward()
+        plain(x, usual).sum().backward()
+        for a, b in zip(layer.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.refusal(ID)
+def test_an_index_that_is_no_string_and_queries_before_the_first_key() -> None:
+    for bad in (5, True):
+        with refuses(ConfigError, bad):
+            KNNMemory(4, index=bad)
+    with refuses(ShapeError, "torch.int64"):
+        KNNMemory(4).attend(torch.ones(1, 1, 1, 2, dtype=torch.int64), 2)

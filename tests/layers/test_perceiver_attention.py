@@ -249,3 +249,18 @@ def test_refusals() -> None:
         cross(torch.randn(2, 3, 8), torch.randn(1, 7, 5))
     with refuses(ShapeError, (3, 8), "(batch, positions, features)"):
         LatentSelfAttention(8)(torch.randn(3, 8))
+
+
+@pytest.mark.refusal(ID)
+def test_dtypes_of_parameters() -> None:
+    for dtype in (torch.int64, "float32"):
+        for make, sizes in (
+            (PerceiverAttention, (3, 8, 8)),
+            (LatentCrossAttention, (8, 8)),
+            (LatentSelfAttention, (8,)),
+        ):
+            with refuses(ConfigError, dtype):
+                make(
+                    *{PerceiverAttention: (3, 8, 8), LatentCrossAttention: (8, 8), LatentSelfAttention: (8,)}[make],
+                    dtype=dtype,
+                )

@@ -106,3 +106,12 @@ def test_refuses_bad_settings_and_inputs() -> None:
         layer(torch.randn(2, 5, 7))
     with refuses(ShapeError, "window(2)"):
         layer(torch.randn(2, 5, 8), mask=window(2))
+
+
+@pytest.mark.registration("performer")
+def test_a_layer_made_without_memory_is_drawn_whole() -> None:
+    with torch.device("meta"):
+        layer = PerformerAttention(8, 2)
+    layer.to_empty(device="cpu").projection.fill_(torch.nan)
+    layer.reset_parameters()
+    assert layer(torch.randn(1, 3, 8)).isfinite().all()

@@ -10,7 +10,11 @@ from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import attention_weights
 from handbook_src.functional.rollout import attention_rollout
 from handbook_src.layers.attention import CausalAttention, CrossAttention, MultiHeadAttention, SelfAttention
+from handbook_src.layers.grouped_query import GroupedQueryAttention
 from handbook_src.layers.kv_cache import AppendCache
+from handbook_src.layers.linear_attention import LinearAttention
+from handbook_src.layers.linformer import LinformerAttention
+from handbook_src.layers.performer import PerformerAttention
 from handbook_src.layers.rollout import attention_maps, edited_attention
 from handbook_src.models.gpt2 import GPT2, GPT2Config
 from handbook_src.testing import assert_parity, refuses
@@ -147,3 +151,26 @@ def test_refuses_models_without_attention_caches_and_edits_of_another_shape() ->
         model(ids, cache=[AppendCache()])
     with refuses(ShapeError, "(1, 2, 3)", "(1, 2, 3, 3)"), edited_attention(model, lambda n, w: w[..., 0]):
         model(ids)
+
+
+@pytest.mark.law(ID)
+def test_an_edit_that_changes_nothing_changes_nothing() -> None:
+    x = torch.randn(2, 5, 8)
+    for layer in (
+        MultiHeadAttention(8, 4, kv_heads=2),
+        GroupedQueryAttention(8, 4, 2),
+        LinearAttention(8, 2),
+        PerformerAttention(8, 2),
+    ):
+        with edited_attention(layer, lambda _, w: w):
+            edited = layer(x)
+        torch.testing.assert_close(edited, layer(x))
+
+
+@pytest.mark.refusal(ID)
+def test_mixtures_and_states_are_refused() -> None:
+    x, mixing, linear = torch.randn(2, 5, 8), LinformerAttention(8, 2, 5, 5), LinearAttention(8, 2)
+    with refuses(ConfigError, "mixtures", "where"), edited_attention(mixing, lambda _, w: w):
+        mixing(x)
+    with refuses(ConfigError, "a state"), attention_maps(linear):
+        linear(x, state=linear.summed(x))

@@ -53,3 +53,8 @@ def test_a_fused_operation_holds_no_score_matrix() -> None:
 def test_a_number_is_no_call() -> None:
     with refuses(ConfigError, "int"):
         peak_bytes(3)  # type: ignore[arg-type]
+
+
+def test_a_device_that_is_none() -> None:
+    with refuses(ConfigError, "banana"):
+        peak_bytes(lambda: None, device="banana")

@@ -241,3 +241,43 @@ def test_refusals_of_the_model() -> None:
         KNNLanguageModel(reader, Datastore(D))(torch.zeros(1, 3, dtype=torch.long))
     with refuses(ShapeError, "Datastore.add"):
         fill(Datastore(D + 1), reader, [torch.zeros(1, 3, dtype=torch.long)])
+
+
+@pytest.mark.law(ID)
+def test_the_store_keeps_copies() -> None:
+    store, keys, tokens = Datastore(3), torch.randn(5, 3), torch.arange(5)
+    store.add(keys, tokens)
+    kept = keys.clone()
+    keys.zero_()
+    tokens.zero_()
+    torch.testing.assert_close(store.keys, kept)
+    assert store.tokens.tolist() == [0, 1, 2, 3, 4]
+    assert store.keys.data_ptr() == store.keys.data_ptr()  # joined once, not at each look
+
+
+@pytest.mark.law(ID)
+def test_half_precision_does_not_lose_far_neighbours() -> None:
+    class Reader(nn.Module):
+        def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            far = torch.full((*tokens.shape, 2), 600.0, dtype=torch.float16)  # squared: beyond float16
+            return torch.zeros(*tokens.shape, 3, dtype=torch.float16), far
+
+    store = Datastore(2)
+    store.add(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 1]))
+    model = KNNLanguageModel(Reader(), store, k=2, lam=0.5)
+    p = model(torch.zeros(1, 1, dtype=torch.int64)).exp().float()
+    torch.testing.assert_close(p[0, 0], torch.tensor([1 / 6, 1 / 6 + 0.5, 1 / 6]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.refusal(ID)
+def test_what_cannot_be_stored(tmp_path: Path) -> None:
+    store = Datastore(3)
+    with refuses(ConfigError, "list"):
+        store.add([[1.0, 2.0, 3.0]], [0])
+    with refuses(ShapeError, -100):
+        store.add(torch.randn(1, 3), torch.tensor([-100]))
+    with refuses(ShapeError, "meta"):
+        store.add(torch.randn(1, 3, device="meta"), torch.tensor([0]))
+    with refuses(DataError, "a folder"):
+        store.save(tmp_path)
+    assert len(store) == 0

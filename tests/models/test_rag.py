@@ -114,3 +114,19 @@ def test_refusals() -> None:
         RAG(empty, BM25().fit(["x"]), CopyGenerator(embed)).answer("x")
     with refuses(DataError, "no texts"):
         RAG(PASSAGES, BM25(), CopyGenerator(embed)).answer("x")
+
+
+@pytest.mark.refusal(ID)
+def test_nothing_found_and_what_is_no_list() -> None:
+    class Blind:
+        def search(self, questions: Sequence[str], k: int) -> tuple[Tensor, Tensor]:
+            return torch.full((1, k), -math.inf), torch.full((1, k), -1)
+
+    passages = [Passage("s", "l", "t", "A cat sat. It ran.")]
+    generator = CopyGenerator(lambda texts: torch.ones(len(texts), 2))
+    with refuses(DataError, "no passage", "a cat?"):
+        RAG(passages, Blind(), generator).log_prob("a cat?", ["It ran."])
+    with refuses(ConfigError, "one string"):
+        RAG(passages, Blind(), generator).log_prob("a cat?", "It ran.")
+    with refuses(ConfigError, "Passage"):
+        RAG(["a string"], Blind(), generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 
 import faiss
 import pytest
@@ -173,3 +174,28 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with refuses(KernelUnavailable, "pip install faiss-cpu"):
         DenseRetriever(embed, index="Flat").fit(TEXTS)
+
+
+@pytest.mark.refusal(ID)
+def test_vectors_that_do_not_fit() -> None:
+    def embed(texts: Sequence[str]) -> Tensor:
+        return torch.ones(len(texts), 3)
+
+    for index in (None, "Flat"):
+        wide = DenseRetriever(embed, index=index).fit(torch.randn(4, 5))
+        with refuses(ShapeError, "(1, 3)", "(1, 5)"):
+            wide.search(["a"], 2)
+        with refuses(ShapeError, "not finite"):
+            DenseRetriever(embed, index=index).fit(torch.full((2, 3), math.nan))
+    with refuses(ConfigError, "one string"):
+        DenseRetriever(embed).fit("one string")
+    with refuses(ShapeError, "(1, 3)", "(2, d)"):
+        DenseRetriever(lambda texts: torch.ones(1, 3)).fit(["a", "b"])
+
+
+@pytest.mark.law(ID)
+def test_ready_made_vectors_are_copied() -> None:
+    vectors = torch.randn(3, 2)
+    found, kept = DenseRetriever(lambda texts: torch.ones(len(texts), 2)).fit(vectors), vectors.clone()
+    vectors.zero_()
+    torch.testing.assert_close(found.vectors, kept)
