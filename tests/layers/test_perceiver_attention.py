@@ -253,14 +253,8 @@ def test_refusals() -> None:
 
 @pytest.mark.refusal(ID)
 def test_dtypes_of_parameters() -> None:
+    layers = ((PerceiverAttention, (3, 8, 8)), (LatentCrossAttention, (8, 8)), (LatentSelfAttention, (8,)))
     for dtype in (torch.int64, "float32"):
-        for make, sizes in (
-            (PerceiverAttention, (3, 8, 8)),
-            (LatentCrossAttention, (8, 8)),
-            (LatentSelfAttention, (8,)),
-        ):
+        for make, sizes in layers:
             with refuses(ConfigError, dtype):
-                make(
-                    *{PerceiverAttention: (3, 8, 8), LatentCrossAttention: (8, 8), LatentSelfAttention: (8,)}[make],
-                    dtype=dtype,
-                )
+                make(*sizes, dtype=dtype)
