@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 # sys.path[0] is this folder when run as a script; the handbook is imported as installed, or from the checkout.
 HERE = Path(__file__).resolve().parent
 SHARED_LIMIT = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
-# Ampere and Hopper compile every case; the others one of each kind, which saves two of four minutes.
+# Ampere and Hopper compile every case; the others one of each kind, which saves two of four minutes.  Products of tiles
+# take seconds each: all of them only on Hopper.
 EVERYWHERE = {
     "norm": (
         "rms bf16 4096", "layer bf16 65536", "dropout add layer bf16 4096", "add layer bf16 stream fp32 8192",
@@ -37,7 +38,9 @@ EVERYWHERE = {
     "glu": ("silu bf16", "gelu bf16", "silu bf16 1 x 1"),
     "cross_entropy": ("bf16 131072", "smoothed bf16 131072", "fp32 10"),
     "rope": ("half bf16 128", "interleaved bf16 128", "half fp32 1 x 2"),
-    "flash_attention": ("causal bf16 64", "causal bf16 128", "everything bf16 128", "causal fp32 64"),
+    "flash_attention": (
+        "causal bf16 64", "everything bf16 128", "causal bf16 256", "causal fp32 64", "decode bf16 128",
+    ),
 }  # fmt: skip
 COLUMNS = [
     "case", "target", "kernel", "warps", "registers", "spilled_bytes", "shared_bytes",
@@ -47,6 +50,8 @@ COLUMNS = [
 
 #: Kernels whose work is products of tiles: on Hopper these must be wgmma.
 PRODUCTS = ("flash_attention",)
+#: Kernels of those files that have no 64 rows for it: decoding has a group of heads.
+NO_WGMMA = ("_split", "_merge")
 #: The family of tiles that a launcher chooses on each target.
 FAMILY = {"sm80": "ampere", "sm90": "hopper", "sm100": "hopper", "gfx942": "amd"}
 
@@ -229,14 +234,36 @@ def flash_attention_cases() -> list[Case]:
     every = ("causal", "window", "cap", "alibi", "sinks", "packed")
     return [
         *(case(f"causal bf16 {e}", e, options=("causal",)) for e in (64, 128, 256)),
-        *(case(f"full bf16 {e}", e) for e in (64, 128, 256)),
+        case("full bf16 128", 128),
         *(case(f"everything bf16 {e}", e, group=2, options=every) for e in (64, 128, 256)),
-        *(case(f"causal fp32 {e}", e, fp32, options=("causal",)) for e in (64, 128, 256)),
-        *(case(f"causal {name} bf16 128", 128, options=("causal", name)) for name in every[1:]),
+        *(case(f"causal fp32 {e}", e, fp32, options=("causal",)) for e in (64, 128)),
+        case("causal cap bf16 128", 128, options=("causal", "cap")),
         case("causal fp16 128", 128, fp16, options=("causal",)),
         case("causal bf16 80", 80, options=("causal",)),
         case("causal bf16 192 to 128", 192, c=128, options=("causal",)),
         case("causal bf16 1 x 1", 1, options=("causal",), t=1),
+        *decode_cases(),
+    ]
+
+
+def decode_cases() -> list[Case]:
+    """Return the cases of decoding over pages: widths, a group of heads, every option."""
+    import torch
+
+    from handbook_src.kernels.flash_decode import paged_decode_triton
+
+    def case(name: str, e: int, x: torch.dtype = torch.bfloat16, options: bool = False) -> Case:
+        def call() -> None:
+            q, pages = torch.zeros(4, 8, e, dtype=x), torch.zeros(32, 16, 2, e, dtype=x)
+            table, lengths = torch.zeros(4, 64, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
+            extra = {"alibi": torch.ones(8), "sinks": torch.zeros(8), "window": 100, "soft_cap": 30.0}
+            paged_decode_triton(q, pages, pages, table, lengths, **(extra if options else {}))
+
+        return Case(name, call)
+
+    return [
+        *(case(f"decode bf16 {e}", e) for e in (64, 128, 256)),
+        case("decode everything bf16 128", 128, options=True),
     ]
 
 
@@ -366,15 +393,15 @@ def columns(kernels: list[str]) -> list[str]:
 
 def named_for(target: str, kernel: str) -> list[str]:
     """Return the cases of ``kernel`` that a ``target`` has to pass."""
-    return list(EVERYWHERE[kernel]) if target in ("sm100", "gfx942") else [case.name for case in CASES[kernel]()]
+    everything = ("sm90",) if kernel in PRODUCTS else ("sm80", "sm90")
+    return [case.name for case in CASES[kernel]()] if target in everything else list(EVERYWHERE[kernel])
 
 
-def check(kernels: list[str], wanted: list[str], match: list[str]) -> list[dict[str, Any]]:
-    """Compile the cases in ``match`` (else each target's own) for the ``wanted`` targets; return one row a launch."""
+def check(kernels: list[str], wanted: list[str], match: list[str]) -> Iterator[dict[str, Any]]:
+    """Compile the cases in ``match`` (else each target's own) for the ``wanted`` targets; yield one row a launch."""
     import torch
     import triton
 
-    rows = []
     for name, kernel in ((name, kernel) for name in wanted for kernel in kernels):
         for case in CASES[kernel]():
             if case.name not in (match or named_for(name, kernel)):
@@ -383,13 +410,12 @@ def check(kernels: list[str], wanted: list[str], match: list[str]) -> list[dict[
                 case.call()
             for launched, compiled in launches:
                 facts = report(compiled, name)
-                if kernel in PRODUCTS and name == "sm90" and "16" in case.name and not facts["wgmma"]:
+                halves = name == "sm90" and kernel in PRODUCTS and "fp32" not in case.name
+                if halves and launched not in NO_WGMMA and not facts["wgmma"]:
                     facts["problem"] = "; ".join(filter(None, (facts["problem"], "no wgmma")))
-                rows.append(
-                    {"case": case.name, "target": name, "kernel": launched, **facts}
-                    | {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
-                )
-    return rows
+                yield {"case": case.name, "target": name, "kernel": launched, **facts} | {
+                    "triton": triton.__version__, "torch": torch.__version__.split("+")[0],
+                }  # fmt: skip
 
 
 def main() -> int:
@@ -404,15 +430,16 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined: must be unset by then
     if options.triton:
         sys.path.insert(0, str(options.triton.resolve()))
-    rows = check(
-        options.kernels.split(","), options.targets.split(","), options.cases.split(",") if options.cases else []
-    )
+    wanted = options.cases.split(",") if options.cases else []
+    rows = []
     print(f"{'case':42} {'target':7} {'kernel':15} warps  regs spill shared  ld128/ld  st128/st instr")
-    for r in rows:
+    for r in check(options.kernels.split(","), options.targets.split(","), wanted):
+        rows.append(r)
         print(
             f"{r['case']:42} {r['target']:7} {r['kernel']:15} {r['warps']:5} {r['registers']:5} {r['spilled_bytes']:5} "
             f"{r['shared_bytes']:6} {r['loads_16_bytes']:5}/{r['loads']:<4} {r['stores_16_bytes']:4}/{r['stores']:<4} "
-            f"{r['instructions']:5} {r['problem']}"
+            f"{r['instructions']:5} {r['problem']}",
+            flush=True,
         )
     if options.csv:
         with options.csv.open("w", newline="") as file:

@@ -155,7 +155,8 @@ def _flash(
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
     e, c = q.shape[3], v.shape[3]
     wide_e, wide_c = (max(16, triton.next_power_of_2(n)) for n in (e, c))
-    tile = plan("forward", max(wide_e, wide_c), q.dtype, launch.family(q))
+    width, family = max(wide_e, wide_c), launch.family(q)
+    tile = plan("forward", width, q.dtype, family)
     with torch.cuda.device_of(q):
         _forward[(triton.cdiv(times, tile.queries) * batch * q.shape[2],)](
             q, k, v, out, lse, cu_q, cu_k, slopes, sinks, *strides_of(q, packed), *strides_of(k, packed),
@@ -163,7 +164,7 @@ def _flash(
             times, keys, batch, q.shape[2], q.shape[2] // k.shape[2], e, c, scale, cap, window,
             BM=tile.queries, BN=tile.keys, E=wide_e, C=wide_c, EVEN_E=e == wide_e, EVEN_C=c == wide_c,
             CAUSAL=causal, WINDOW=window > 0, ALIBI=slopes is not None, CAP=cap > 0, SINK=sinks is not None,
-            VARLEN=packed, IP=precision(q.dtype, launch.family(q)), num_warps=tile.warps, num_stages=tile.stages,
+            VARLEN=packed, IP=precision(q.dtype, family, width), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse
 

@@ -27,6 +27,7 @@ from handbook_src.kernels.flash_attention_tile import (
     adjacent,
     allowed,
     keys_seen,
+    parts,
     plan,
     precision,
     queries_seeing,
@@ -124,11 +125,11 @@ def _queries(
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, Q, DOUT, LSE, DELTA, SLOPES, start, h, key, offset, q_t, q_h, do_t, do_h, lse_h,
+    dk, dv, k, v, part, Q, DOUT, LSE, DELTA, SLOPES, start, h, key, offset, q_t, q_h, do_t, do_h, lse_h,
     times, keys, e, c, scale, cap, window,
     BM: tl.constexpr, E: tl.constexpr, C: tl.constexpr, EVEN_E: tl.constexpr, EVEN_C: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr, IP: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     row, wide = start + tl.arange(0, BM), h.to(tl.int64)
     q = rows_of(Q + wide * q_h, start, q_t, times, e, BM, E, EVEN_E, MASKED)
@@ -142,10 +143,21 @@ def _key_step(
     if MASKED:
         x = tl.where(allowed(query[None, :], key[:, None], keys, window, CAUSAL, WINDOW), x, float("-inf"))
     p = tl.exp2(x * unit - lse[None, :])
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=IP)
+    # Of the sums only this program's share of the features: for one of several it is loaded again.
+    PE: tl.constexpr = dk.shape[1]
+    PC: tl.constexpr = dv.shape[1]
+    some = do
+    if PARTS > 1:
+        at, left = DOUT + wide * do_h + part * PC, c - part * PC
+        some = rows_of(at, start, do_t, times, left, BM, PC, EVEN_C and C == PARTS * PC, MASKED)
+    dv = tl.dot(p.to(do.dtype), some, dv, input_precision=IP)
     dp = tl.dot(v, tl.trans(do), input_precision=IP)
     ds = p * (dp - delta[None, :]) * flat
-    return tl.dot(ds.to(q.dtype), q, dk, input_precision=IP), dv
+    some = q
+    if PARTS > 1:
+        at, left = Q + wide * q_h + part * PE, e - part * PE
+        some = rows_of(at, start, q_t, times, left, BM, PE, EVEN_E and E == PARTS * PE, MASKED)
+    return tl.dot(ds.to(q.dtype), some, dk, input_precision=IP), dv
 
 
 @triton.jit
@@ -155,10 +167,11 @@ def _keys(
     times, keys, batch, kv_heads, group, e, c, scale, cap, window,
     BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, C: tl.constexpr, EVEN_E: tl.constexpr, EVEN_C: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr, VARLEN: tl.constexpr,
-    IP: tl.constexpr,
+    IP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # The first keys are seen by most queries under a causal rule: they start first.
-    first = tl.program_id(0) // (batch * kv_heads) * BN
+    first = tl.program_id(0) // (batch * kv_heads * PARTS) * BN
+    part = tl.program_id(0) // (batch * kv_heads) % PARTS
     b, hk = tl.program_id(0) % (batch * kv_heads) // kv_heads, tl.program_id(0) % kv_heads
     q0, times, k0, keys = sequence(CU_Q, CU_K, b, times, keys, VARLEN)
     b, q0, k0, wide = b.to(tl.int64), q0.to(tl.int64), k0.to(tl.int64), hk.to(tl.int64)
@@ -169,7 +182,9 @@ def _keys(
     k = rows_of(K + b * k_b + k0 * k_s + wide * k_h, first, k_s, keys, e, BN, E, EVEN_E, True)
     v = rows_of(V + b * v_b + k0 * v_s + wide * v_h, first, v_s, keys, c, BN, C, EVEN_C, True)
     key, offset = first + tl.arange(0, BN), keys - times
-    dk, dv = tl.zeros([BN, E], tl.float32), tl.zeros([BN, C], tl.float32)
+    PE: tl.constexpr = max(16, E // PARTS)
+    PC: tl.constexpr = max(16, C // PARTS)
+    dk, dv = tl.zeros([BN, PE], tl.float32), tl.zeros([BN, PC], tl.float32)
     last = tl.minimum(first + BN, keys) - 1
     low, inner, outer, high = queries_seeing(first, last, times, offset, window, BM, CAUSAL, WINDOW)
     high = tl.where(first < keys, high, low)
@@ -177,9 +192,9 @@ def _keys(
     tiles = (outer - inner) // BM
     for i in tl.range(0, tiles * group):  # every head of the group, one after the other
         dk, dv = _key_step(
-            dk, dv, k, v, Q, DOUT, LSE, DELTA, SLOPES, inner + i % tiles * BM, hk * group + i // tiles, key, offset,
-            q_t, q_h, do_t, do_h, lse_h, times, keys, e, c, scale, cap, window,
-            BM, E, C, EVEN_E, EVEN_C, CAUSAL, WINDOW, ALIBI, CAP, IP, False,
+            dk, dv, k, v, part, Q, DOUT, LSE, DELTA, SLOPES, inner + i % tiles * BM, hk * group + i // tiles, key,
+            offset, q_t, q_h, do_t, do_h, lse_h, times, keys, e, c, scale, cap, window,
+            BM, E, C, EVEN_E, EVEN_C, CAUSAL, WINDOW, ALIBI, CAP, IP, False, PARTS,
         )  # fmt: skip
     before = (inner - low) // BM
     tiles = before + (high - outer) // BM
@@ -187,12 +202,14 @@ def _keys(
         at = i % tiles
         start = tl.where(at < before, low + at * BM, outer + (at - before) * BM)
         dk, dv = _key_step(
-            dk, dv, k, v, Q, DOUT, LSE, DELTA, SLOPES, start, hk * group + i // tiles, key, offset,
+            dk, dv, k, v, part, Q, DOUT, LSE, DELTA, SLOPES, start, hk * group + i // tiles, key, offset,
             q_t, q_h, do_t, do_h, lse_h, times, keys, e, c, scale, cap, window,
-            BM, E, C, EVEN_E, EVEN_C, CAUSAL, WINDOW, ALIBI, CAP, IP, True,
+            BM, E, C, EVEN_E, EVEN_C, CAUSAL, WINDOW, ALIBI, CAP, IP, True, PARTS,
         )  # fmt: skip
-    store_rows(DK + b * dk_b + k0 * dk_s + wide * dk_h, dk * scale, first, dk_s, keys, e, BN, E)
-    store_rows(DV + b * dv_b + k0 * dv_s + wide * dv_h, dv, first, dv_s, keys, c, BN, C)
+    DK += b * dk_b + k0 * dk_s + wide * dk_h + part * PE
+    DV += b * dv_b + k0 * dv_s + wide * dv_h + part * PC
+    store_rows(DK, dk * scale, first, dk_s, keys, e - part * PE, BN, PE)
+    store_rows(DV, dv, first, dv_s, keys, c - part * PC, BN, PC)
 
 
 @torch.library.custom_op("handbook::flash_attention_backward", mutates_args=())
@@ -217,7 +234,7 @@ def flash_backward(
     flags = {
         "E": wide_e, "C": wide_c, "EVEN_E": e == wide_e, "EVEN_C": c == wide_c, "CAUSAL": causal,
         "WINDOW": window > 0, "ALIBI": slopes is not None, "CAP": cap > 0, "VARLEN": packed,
-        "IP": precision(q.dtype, launch.family(q)),
+        "IP": precision(q.dtype, launch.family(q), max(wide_e, wide_c)),
     }  # fmt: skip
     read = [n for x in (q, k, v) for n in strides_of(x, packed)]
     down = strides_of(dout, packed)
@@ -232,11 +249,12 @@ def flash_backward(
             )  # fmt: skip
         tile = plan("dkv", max(wide_e, wide_c), q.dtype, launch.family(q))
         if keys and batch:
-            _keys[(triton.cdiv(keys, tile.keys) * batch * k.shape[2],)](
+            share = parts(max(wide_e, wide_c))
+            _keys[(triton.cdiv(keys, tile.keys) * batch * k.shape[2] * share,)](
                 q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, slopes, *read, *down,
                 *strides_of(dk, packed), *strides_of(dv, packed), *row_strides(lse, packed),
                 times, keys, batch, k.shape[2], group, e, c, scale, cap, window, BM=tile.queries, BN=tile.keys,
-                num_warps=tile.warps, num_stages=tile.stages, **flags,
+                PARTS=share, num_warps=tile.warps, num_stages=tile.stages, **flags,
             )  # fmt: skip
     return dq, dk, dv, delta
 

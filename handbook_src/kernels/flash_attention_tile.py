@@ -151,29 +151,38 @@ def _aligned(low, high, inner, outer, BLOCK: tl.constexpr):
 
 # (queries, keys, warps, stages) by width of a head, up to and including: no spill on Hopper, and shared memory that
 # fits (kernels/flash_attention/worklog.md).  Nobody has timed them: not measured.
-PLANS: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
-    "forward": {
-        "half": {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
-        "float32": {64: (64, 32, 4, 2), 128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
-    },
-    "dq": {
-        "half": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "float32": {64: (64, 32, 4, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
-    },
-    "dkv": {
-        "half": {64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 2)},
-        "float32": {64: (32, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
-    },
+HOPPER: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+    "dq": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "dkv": {64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 2)},
+}
+# Elsewhere a product's operands are held in registers and there is less shared memory (64 KB on AMD): half the tile,
+# and nothing is loaded ahead but by the compiler's own choice.
+ELSEWHERE: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    "forward": {64: (128, 64, 8, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
+    "dq": {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "dkv": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+}
+FLOAT32: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    "forward": {64: (64, 32, 4, 2), 256: (32, 16, 8, 1)},
+    "dq": {64: (64, 32, 4, 1), 256: (16, 16, 8, 1)},
+    "dkv": {64: (32, 32, 4, 1), 256: (16, 16, 8, 1)},
 }
 
 
 def plan(kind: str, width: int, dtype: torch.dtype, family: str) -> Tile:
     """Return the tile of ``forward``, ``dq`` or ``dkv`` for heads of ``width`` features."""
-    sizes = PLANS[kind]["float32" if dtype == torch.float32 else "half"]
+    half = HOPPER if family == "hopper" else ELSEWHERE
+    sizes = (FLOAT32 if dtype == torch.float32 else half)[kind]
     queries, keys, warps, stages = next(tile for widest, tile in sizes.items() if width <= widest)
-    if family != "hopper":  # less shared memory: nothing is loaded ahead but by the compiler's own choice
-        stages = 1
-    return Tile(queries, keys, warps, stages)
+    if family == "amd":  # a lane may hold 512 registers where a program has 256 threads
+        warps = 4
+    return Tile(queries, keys, warps, stages if family == "hopper" else 1)
+
+
+def parts(width: int) -> int:
+    """Return into how many parts the features of dk and dv are cut: the sums of 256 would not fit in registers."""
+    return 1 if width <= 128 else 2
 
 
 def strides_of(x: Tensor, packed: bool) -> tuple[int, int, int]:
@@ -191,6 +200,9 @@ def adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def precision(dtype: torch.dtype, family: str) -> str:
-    """Return how a product of float32 tiles is taken: never one TF32 product, whose error is 1e-3."""
-    return "tf32x3" if dtype == torch.float32 and family != "amd" else "ieee"
+def precision(dtype: torch.dtype, family: str, width: int) -> str:
+    """Return how a product of float32 tiles is taken: never one TF32 product, whose error is 1e-3.
+
+    Three TF32 products hold both parts of an operand in registers: 16 rows of 128 features are 128 of them a lane.
+    """
+    return "tf32x3" if dtype == torch.float32 and family != "amd" and width <= 64 else "ieee"

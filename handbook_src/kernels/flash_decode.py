@@ -119,14 +119,15 @@ def _decode(
     splits = splits_for(min(table.shape[1] * page, window or 2**31), b * g, launch.multiprocessors(q))
     parts, lses = q.new_empty((b, h, splits, c), dtype=torch.float32), q.new_empty((b, h, splits), dtype=torch.float32)
     wide_e, wide_c = (max(16, triton.next_power_of_2(n)) for n in (e, c))
-    family = launch.family(q)
+    family, width = launch.family(q), max(wide_e, wide_c)
     with torch.cuda.device_of(q):
         _split[(b * g * splits,)](
             q, k, v, parts, lses, table, lengths, slopes, q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3],
             table.stride(0), h, h // g, splits, page, e, c, scale, cap, window,
-            G=max(16, triton.next_power_of_2(h // g)), BN=BLOCK if max(wide_e, wide_c) <= 128 else BLOCK // 2,
-            E=wide_e, C=wide_c, WINDOW=window > 0, ALIBI=slopes is not None, CAP=cap > 0, IP=precision(q.dtype, family),
-            num_warps=4, num_stages=3 if family == "hopper" and q.dtype != torch.float32 else 1,
+            G=max(16, triton.next_power_of_2(h // g)), BN=BLOCK if width <= 128 else BLOCK // 2,
+            E=wide_e, C=wide_c, WINDOW=window > 0, ALIBI=slopes is not None, CAP=cap > 0,
+            IP=precision(q.dtype, family, width), num_warps=4,
+            num_stages=3 if family == "hopper" and q.dtype != torch.float32 else 1,
         )  # fmt: skip
         _merge[(b * h,)](
             parts, lses, sinks, out, lse, h, splits, c, SINK=sinks is not None,

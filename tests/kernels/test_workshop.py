@@ -19,6 +19,7 @@ from handbook_src.testing.workshop import Workshop
 
 WORKSHOP = Path(__file__).resolve().parents[2] / "kernels"
 KERNELS = ("norm", "glu", "cross_entropy", "rope")
+REPORTS = (*KERNELS, "flash_attention")  # attention's bench has its own peers and its own loop
 
 
 def script(path: str) -> ModuleType:
@@ -111,12 +112,20 @@ def test_without_a_gpu_the_bench_says_so(kernel, monkeypatch, capsys):
     assert capsys.readouterr().out == "not measured: no GPU\n"
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_without_a_gpu_attentions_bench_says_so(monkeypatch, capsys):
+    bench = script("flash_attention/bench.py")
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    bench.main()
+    assert capsys.readouterr().out == "not measured: no GPU\n"
+
+
+@pytest.mark.parametrize("kernel", REPORTS)
 def test_the_compile_report_covers_every_case_and_no_hopper_kernel_spills(kernel):
     check = script("compile_check.py")
     with (WORKSHOP / kernel / "results" / "compile.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == check.COLUMNS
+    assert list(rows[0]) == check.columns([kernel])
     for version, targets in {"3.7.1": set(check.SHARED_LIMIT), "3.6.0": {"sm90"}}.items():
         for target in targets:
             of = [r for r in rows if r["triton"] == version and r["target"] == target]
@@ -124,11 +133,24 @@ def test_the_compile_report_covers_every_case_and_no_hopper_kernel_spills(kernel
                 f"run compile_check.py again: {version} {target}"
             )
     assert not [r for r in rows if r["target"] == "sm90" and r["problem"]]
+    assert not [r for r in rows if int(r["shared_bytes"]) > check.SHARED_LIMIT[r["target"]]]
+
+
+def test_products_of_half_precision_are_wgmma_on_hopper():
+    """Forward, dq, and dk with dv: none falls back to the warp's own products."""
+    check = script("compile_check.py")
+    with (WORKSHOP / "flash_attention" / "results" / "compile.csv").open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["target"] == "sm90" and "fp32" not in r["case"]]
+    products = [r for r in rows if r["kernel"] not in check.NO_WGMMA]
+    assert {(r["kernel"], r["triton"]) for r in products} == {
+        (kernel, triton) for kernel in ("_forward", "_queries", "_keys") for triton in ("3.7.1", "3.6.0")
+    }
+    assert all(int(r["wgmma"]) for r in products)
 
 
 def test_the_map_names_every_kernel():
     said = (WORKSHOP / "README.md").read_text(encoding="utf-8")
-    for kernel in KERNELS:
+    for kernel in REPORTS:
         assert f"`{kernel}/worklog.md`" in said
         assert (WORKSHOP / kernel / "worklog.md").is_file()
 
@@ -137,11 +159,11 @@ def test_the_map_names_every_kernel():
 def test_one_case_of_each_new_kernel_compiles_for_hopper():
     """In a process of its own: a kernel is bound to interpreter or compiler when it is defined."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONSAFEPATH": "1"}
-    arguments = ["--kernels", "glu,cross_entropy,rope", "--targets", "sm90"]
-    cases = ["--cases", "silu bf16,bf16 32000,interleaved bf16 128"]
+    arguments = ["--kernels", "glu,cross_entropy,rope,flash_attention", "--targets", "sm90"]
+    cases = ["--cases", "silu bf16,bf16 32000,interleaved bf16 128,causal bf16 64,decode bf16 64"]
     done = subprocess.run(
         [sys.executable, str(WORKSHOP / "compile_check.py"), *arguments, *cases],
         capture_output=True, text=True, env=environment, cwd=WORKSHOP.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 kernels compiled by triton" in done.stdout
+    assert "11 kernels compiled by triton" in done.stdout
