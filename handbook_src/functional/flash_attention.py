@@ -32,6 +32,7 @@ from handbook_src.functional.position import alibi_bias
 
 OP = "flash_attention"
 WIDEST = 256  # features of a head in the kernels
+BAND = 128  # queries at a time on a CPU
 
 
 class Options(NamedTuple):
@@ -209,13 +210,33 @@ def _rule(o: Options) -> Mask | None:
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, o: Options) -> Tensor:
     """Torch's fused operation, with a bias where it knows no rule."""
-    if o.alibi is None:
-        return scaled_dot_product_attention(q, k, v, _rule(o), scale=o.scale, backend="torch")
-    t, s = q.shape[1], k.shape[1]
-    bias, rule = alibi_bias(o.alibi.to(q.dtype), t, s), _rule(o)
-    if rule is not None:
-        bias = bias.masked_fill(~rule.dense(t, s, device=q.device), -math.inf)
-    return scaled_dot_product_attention(q, k, v, bias, scale=o.scale, backend="torch")
+    t, s, rule = q.shape[1], k.shape[1], _rule(o)
+    if o.alibi is None and (o.window is None or not o.causal):
+        return scaled_dot_product_attention(q, k, v, rule, scale=o.scale, backend="torch")
+    seen = None if rule is None else rule.dense(t, s, device=q.device)
+    bias = None if o.alibi is None else alibi_bias(o.alibi.to(q.dtype), t, s)
+    outs = []
+    for rows, cols in bands(t, s, o.causal, o.window, q.device):
+        mask = None if seen is None else seen[rows, cols]
+        if bias is not None:
+            part = bias[..., rows, cols]
+            mask = part if mask is None else part.masked_fill(~mask, -math.inf)
+        one = q[:, rows], k[:, cols], v[:, cols]
+        outs.append(scaled_dot_product_attention(*one, mask, scale=o.scale, backend="torch"))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def bands(t: int, s: int, causal: bool, window: int | None, device: torch.device) -> list[tuple[slice, slice]]:
+    """Bands of queries and the keys that any of them sees: scores that fit a CPU's cache, and few hidden ones."""
+    if device.type != "cpu" or torch.compiler.is_compiling() or t <= BAND:
+        return [(slice(0, t), slice(0, s))]
+    found = []
+    for first in range(0, t, BAND):
+        last, offset = min(first + BAND, t), s - t
+        low = 0 if window is None else max(0, first + offset - window + 1)
+        high = last + offset if causal else s if window is None else min(s, last + offset + window - 1)
+        found.append((slice(first, last), slice(low, high)))
+    return found
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, o: Options, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -225,19 +246,28 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, o: Options, wants_lse: bool) -
     if not _all_finite(q, k, v):
         (q, k, v), (bad_q, bad_k, bad_v) = without_nan(q, k, v)
         broken = broken_rows(bad_q, bad_k | bad_v, None if mask is None else mask[None, None])
-    r = q.shape[2] // k.shape[2]
+    r, dtype = q.shape[2] // k.shape[2], q.dtype
     keys, values = (x if r == 1 else repeat(x, "b s g e -> b s (g r) e", r=r) for x in (k, v))
-    x = torch.einsum("bthe,bshe->bhts", q.to(wide) * o.scale, keys.to(wide))
-    if o.soft_cap is not None:
-        x = o.soft_cap * torch.tanh(x / o.soft_cap)
-    if o.alibi is not None:
-        x = x + alibi_bias(o.alibi.to(wide), t, s)
-    if mask is not None:
-        x = x.masked_fill(~mask, -math.inf)
-    if o.sinks is not None:
-        x = torch.cat([x, o.sinks.to(wide)[:, None, None].expand(len(x), -1, t, 1)], -1)
-    out = torch.einsum("bhts,bshc->bthc", x.softmax(-1)[..., :s], values.to(wide)).to(q.dtype)
-    lse = x.logsumexp(-1) if wants_lse else None
+    factor = o.scale if o.soft_cap is None else o.scale / o.soft_cap  # on the queries: a pass less over the scores
+    q, keys, values = (x.transpose(1, 2).contiguous() for x in (q.to(wide) * factor, keys.to(wide), values.to(wide)))
+    bias = None if o.alibi is None else alibi_bias(o.alibi.to(wide), t, s)
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    for rows, cols in bands(t, s, o.causal, o.window, q.device):
+        x = q[:, :, rows] @ keys[:, :, cols].mT
+        if o.soft_cap is not None:
+            x = o.soft_cap * torch.tanh(x)
+        if bias is not None:
+            x += bias[..., rows, cols]
+        if mask is not None:
+            x.masked_fill_(~mask[rows, cols], -math.inf)
+        if o.sinks is not None:
+            x = torch.cat([x, o.sinks.to(wide)[:, None, None].expand(*x.shape[:3], 1)], -1)
+        weights = x.softmax(-1)[..., : cols.stop - cols.start]
+        outs.append(weights @ values[:, :, cols])
+        lses += [x.logsumexp(-1)] if wants_lse else []
+    out = torch.cat(outs, 2).transpose(1, 2).to(dtype)
+    lse = torch.cat(lses, 2) if wants_lse else None
     if broken is not None:
         out = out.masked_fill(broken.transpose(1, 2), math.nan)
         lse = None if lse is None else lse.masked_fill(broken[..., 0], math.nan)
@@ -260,6 +290,8 @@ def _candidates(
         theirs = "no soft_cap, sinks or return_lse: torch has none"
     elif o.alibi is not None and q.dtype in (torch.float16, torch.bfloat16):
         theirs = "float32 beside alibi: torch rounds the bias to half precision"
+    elif backend == "auto" and q.device.type == "cpu" and o.alibi is not None and not torch.compiler.is_compiling():
+        theirs = "a reason to prefer it: with alibi the formula in bands is faster on a CPU"
     elif deterministic and q.is_cuda and not torch.are_deterministic_algorithms_enabled():
         theirs = "torch.use_deterministic_algorithms(True) beside deterministic=True"
     elif backend == "auto" and q.device.type == "cpu" and _rule(o) is not None and not torch.compiler.is_compiling():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -78,7 +80,7 @@ def paged_decode_attention(
         reason = f"at most {WIDEST} features a head, in float32, float16 or bfloat16"
     elif backend == "triton" or q.is_cuda:
         reason = needs_for_triton(q, k_pages, v_pages, block_table, lengths, alibi, sinks)
-    options = {"window": window, "alibi": alibi, "soft_cap": soft_cap, "sinks": sinks, "scale": scale}
+    options: dict[str, Any] = {"window": window, "alibi": alibi, "soft_cap": soft_cap, "sinks": sinks, "scale": scale}
     if resolve(OP, backend, {"triton": reason, "reference": None}) == "triton":
         from handbook_src.kernels.flash_decode import paged_decode_triton
 
