@@ -17,6 +17,7 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.check import check_floating, check_one_dtype, check_positive, check_probability
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
 
@@ -57,10 +58,10 @@ def scaled_dot_product_attention(
         backend: ``auto`` takes torch's fused operation, fastest wherever it was measured.
 
     Raises:
-        ShapeError: shapes that don't fit, heads that don't divide, a mask of the wrong
-            shape or dtype, more queries than keys under a causal rule.
-        ConfigError: ``dropout`` outside [0, 1), ``scale`` not positive, a mask that is neither
-            rule nor tensor.
+        ShapeError: shapes, dtypes or devices that don't fit, heads that don't divide, a mask of the
+            wrong shape or dtype, more queries than keys under a causal rule.
+        ConfigError: ``dropout`` outside [0, 1), ``scale`` not positive and finite, inputs that are no
+            tensors, a mask that is neither rule nor tensor.
 
     Source:
         Vaswani et al. 2017, eq. 1, arXiv:1706.03762
@@ -241,7 +242,7 @@ def check_mask(mask: MaskLike | None, b: int, h: int, t: int, s: int) -> None:
         return
     if isinstance(mask, Mask):
         mask._start(t, s, None)
-        shape: tuple[int, ...] = (mask.batch or 1, mask.heads or 1, t, s)
+        shape: tuple[int, ...] = (1 if mask.batch is None else mask.batch, mask.heads or 1, t, s)
     elif not isinstance(mask, Tensor):
         remedy = "Call the factory, as in window(256), or make a list a tensor."
         raise ConfigError("attention mask", got=repr(mask), want="a Mask or a tensor", remedy=remedy)
@@ -257,6 +258,7 @@ def check_mask(mask: MaskLike | None, b: int, h: int, t: int, s: int) -> None:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse queries, keys and values that don't fit together."""
+    check_alike(q, k, v)
     if q.ndim == 4 and q.shape[3] == 0:
         refuse("attention inputs", f"q {tuple(q.shape)}", "at least one feature a head", "1/sqrt(0) is no scale.")
     if q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3] and q.shape[::3] == k.shape[::3]:
@@ -269,13 +271,29 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     refuse("attention inputs", shapes, want, "Split the features into heads; heads stand third.")
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast joins this tensor with others: it leaves float64 alone and knows no meta device."""
+    return x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def check_alike(*tensors: Tensor) -> None:
+    """Refuse what is no floating tensor, and tensors of several devices or dtypes (unless autocast joins them)."""
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            raise ConfigError("attention inputs", got=type(x).__name__, want="tensors", remedy="Make it a tensor.")
+    check_floating("attention", *tensors)
+    first = tensors[0]
+    if any(x.dtype != first.dtype for x in tensors) and not all(map(autocasting, tensors)):
+        check_one_dtype("attention", *tensors)
+    if any(x.device != first.device for x in tensors):
+        devices = ", ".join(str(x.device) for x in tensors)
+        refuse("attention devices", devices, "one device", "Move them with .to(device), or make the cache anew.")
+
+
 def check_numbers(scale: float | None, dropout: float) -> None:
-    if scale is not None and not scale > 0:
-        raise ConfigError("attention scale", got=scale, want="a positive number", remedy="Leave it out for 1/sqrt(e).")
-    if not 0.0 <= dropout < 1.0:
-        raise ConfigError(
-            "attention dropout", got=dropout, want="a share in [0, 1)", remedy="Typical values: 0 to 0.1."
-        )
+    if scale is not None:
+        check_positive("attention", "scale", scale)
+    check_probability("attention", "dropout", dropout)
 
 
 def refuse(what: str, got: object, want: str, remedy: str) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.attention import scaled_dot_product_attention
-from handbook_src.functional.check import check_floating, check_one_dtype
+from handbook_src.functional.attention import check_alike, scaled_dot_product_attention
 from handbook_src.functional.chunked_attention import shielded
 
 
@@ -82,7 +81,7 @@ def shift(x: Float[Tensor, "b *axes d"], axis: int) -> Float[Tensor, "b *axes d"
     """
     if x.ndim < 3:
         _no_grid("shift input", x, "b *axes d")
-    axis = _axis_of(x.ndim - 2, axis) + 1
+    axis = axis_of(x.ndim - 2, axis) + 1
     if x.shape[axis] == 0:
         return x
     first = torch.zeros_like(x.narrow(axis, 0, 1))
@@ -91,11 +90,10 @@ def shift(x: Float[Tensor, "b *axes d"], axis: int) -> Float[Tensor, "b *axes d"
 
 def _grid_axis(q: Tensor, k: Tensor, v: Tensor, axis: int) -> int:
     """Check the three and return the axis counted from 0."""
+    check_alike(q, k, v)
     for x in (q, k, v):
         if x.ndim < 4:
             _no_grid("axial attention input", x, "(b, *axes, heads, features)")
-    check_floating("axial attention", q, k, v)
-    check_one_dtype("axial attention", q, k, v)
     if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         raise ShapeError(
             "axial attention grids",
@@ -103,10 +101,11 @@ def _grid_axis(q: Tensor, k: Tensor, v: Tensor, axis: int) -> int:
             want="one batch and one grid for all three",
             remedy="It is self-attention: make queries, keys and values from the same grid.",
         )
-    return _axis_of(q.ndim - 3, axis)
+    return axis_of(q.ndim - 3, axis)
 
 
-def _axis_of(axes: int, axis: int) -> int:
+def axis_of(axes: int, axis: int) -> int:
+    """Count an axis of a grid from 0; refuses one that is not there."""
     if not isinstance(axis, int) or isinstance(axis, bool) or not -axes <= axis < axes:
         raise ConfigError(
             "grid axis", got=repr(axis), want=f"an integer from {-axes} to {axes - 1}", remedy="0 is the first axis."

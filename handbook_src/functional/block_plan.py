@@ -80,7 +80,7 @@ def plan_blocks(
         rule: which query may attend to which key; the queries are the last ``t`` of ``s`` positions.
         t: number of queries.
         s: number of keys; ``t`` unless given.
-        block_size: positions of a block, of queries and of keys.
+        block_size: positions of a block, of queries and of keys; at most the longer of both counts.
         device: where the masks of the mixed blocks are made.
 
     Raises:
@@ -98,11 +98,14 @@ def plan_blocks(
     check_size("plan_blocks", "block_size", block_size)
     # a rule that knows samples (padding) is made anew for each batch: keeping its plan would only cost memory
     planned = _planned if rule.batch is not None else _kept
-    return planned(rule, int(t), int(s), int(block_size), torch.device(device))
+    size = min(int(block_size), max(int(t), int(s), 1))  # a larger block would hold padding alone
+    return planned(rule, int(t), int(s), size, torch.device(device))
 
 
 def _planned(rule: Mask, t: int, s: int, size: int, device: torch.device) -> BlockPlan:
-    with torch.no_grad():
+    # a kept plan serves calls of every kind: made under inference mode, or with another device as the default, it
+    # must not differ
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         sheet = _Sheet(rule, t, s, size, device)
         patterns: dict[bytes, list[int]] = {}
         for head, live in enumerate(sheet.live):
@@ -125,13 +128,13 @@ class _Sheet:
     def __init__(self, rule: Mask, t: int, s: int, size: int, device: torch.device) -> None:
         self.rule, self.t, self.s, self.size, self.device = rule, t, s, size, device
         self.start = rule._start(t, s, None)
-        self.b = torch.arange(rule.batch or 1).view(-1, 1, 1, 1)
+        self.b = torch.arange(1 if rule.batch is None else rule.batch).view(-1, 1, 1, 1)
         self.h = torch.arange(rule.heads or 1).view(-1, 1, 1)
         some, whole = self._from_spans()
         if s % size:
             whole[..., -1] = False  # positions beyond the last key
         mixed = (some & ~whole).any(0).nonzero()  # in any head
-        for part in mixed.split(max(1, _AT_ONCE // (size * size * self.b.numel() * self.h.numel()))):
+        for part in mixed.split(max(1, _AT_ONCE // (size * size * max(1, self.b.numel()) * self.h.numel()))):
             rows, columns = part.T
             some[:, rows, columns] &= self._pairs(rows, columns).flatten(-2).any(-1).any(0)
         self.live, self.whole = some, whole & some
@@ -189,7 +192,7 @@ class _Sheet:
         full = there & whole[rows[:, None], columns]
         seen[full] = True
         where = (there & ~full).nonzero()
-        for part in where.split(max(1, _AT_ONCE // (self.size * self.size * samples * self.h.numel()))):
+        for part in where.split(max(1, _AT_ONCE // (self.size * self.size * max(1, samples) * self.h.numel()))):
             i, j = part.T
             pairs = self._pairs(rows[i], columns[i, j])[:, heads]
             seen[i, j] = pairs.permute(2, 0, 1, 3, 4)
@@ -297,6 +300,12 @@ class _Fact:
     def __invert__(self) -> _Fact:
         return _Fact(~self.every, ~self.some)
 
+    def __eq__(self, other: _Fact | Tensor | bool) -> _Fact:  # type: ignore[override]
+        return (self & other) | ~(self | other)
+
+    def __ne__(self, other: _Fact | Tensor | bool) -> _Fact:  # type: ignore[override]
+        return ~(self == other)
+
     def _with(self, other: _Fact | Tensor | bool, join: Callable[[Tensor, Tensor], Tensor]) -> _Fact:
         if not isinstance(other, _Fact):
             known = torch.as_tensor(other)
@@ -309,6 +318,8 @@ class _Fact:
         raise TypeError("a fact about a block is neither true nor false")
 
     __rand__, __ror__ = __and__, __or__
+    __xor__ = __rxor__ = __ne__
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _span(x: _Span | Tensor | int) -> _Span:

@@ -20,7 +20,6 @@ from handbook_src.functional.attention import (
     without_nan,
 )
 from handbook_src.functional.block_plan import BlockPlan, Group, plan_blocks
-from handbook_src.functional.check import check_floating, check_one_dtype
 from handbook_src.functional.mask import Mask
 
 __all__ = ["BlockPlan", "block_sparse_attention", "plan_blocks"]
@@ -73,8 +72,6 @@ def block_sparse_attention(
     """
     check_qkv(q, k, v)
     check_numbers(scale, dropout)
-    check_floating("block_sparse_attention", q, k, v)
-    check_one_dtype("block_sparse_attention", q, k, v)
     t, s = q.shape[1], k.shape[1]
     plan = rule if isinstance(rule, BlockPlan) else plan_blocks(rule, t, s, block_size, device=q.device)
     check_mask(plan.rule, q.shape[0], q.shape[2], t, s)

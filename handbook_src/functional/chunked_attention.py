@@ -13,7 +13,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ShapeError
 from handbook_src.functional.attention import check_qkv, scaled_dot_product_attention
-from handbook_src.functional.check import check_floating, check_one_dtype, check_size
+from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask, block, padding
 from handbook_src.functional.mask import causal as causal_rule
 
@@ -119,8 +119,6 @@ def check_pattern(op: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | No
         ShapeError: shapes, heads or dtypes that don't fit, more queries than keys, lengths that are not one a sample.
     """
     check_qkv(q, k, v)
-    check_floating(op, q, k, v)
-    check_one_dtype(op, q, k, v)
     t, s = q.shape[1], k.shape[1]
     if t > s:
         want = "t <= s, the queries being the last positions"

@@ -10,8 +10,17 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.attention import MaskLike, scaled_dot_product_attention
+from handbook_src.functional.attention import (
+    MaskLike,
+    check_alike,
+    check_mask,
+    check_numbers,
+    check_qkv,
+    scaled_dot_product_attention,
+)
 from handbook_src.functional.check import check_floating, check_size
+from handbook_src.functional.flash_attention import bands
+from handbook_src.functional.mask import causal as causal_rule
 
 
 def differential_attention(
@@ -45,7 +54,8 @@ def differential_attention(
         mask: as for :func:`handbook_src.functional.attention.scaled_dot_product_attention`, over ``h`` heads.
         causal: queries are the last ``t`` of ``s`` positions and see no later key.
         scale: factor on the scores of both maps; :math:`1/\sqrt e` unless given.
-        backend: ``auto`` takes two of torch's fused operations.
+        backend: ``auto`` takes two of torch's fused operations; on a CPU, without a mask, the difference of two
+            maps a band of queries at a time, which multiplies by the values once.
 
     Raises:
         ShapeError: shapes that don't fit, an odd number of maps, more than one :math:`\lambda`, a mask of
@@ -58,6 +68,8 @@ def differential_attention(
     _check(q, k, v, lam)
     chosen = resolve("differential_attention", backend, {"torch": None, "reference": None})
     wide = torch.promote_types(v.dtype, torch.float32)
+    if chosen == "torch" and mask is None and _banded(q, k, v):
+        return _in_bands(q, k, v, lam, causal, scale)
     if chosen == "reference":  # the two means in float32 too, where torch's come rounded
         q, k, v, dtype = q.to(wide), k.to(wide), v.to(wide), v.dtype
     else:
@@ -69,6 +81,40 @@ def differential_attention(
         for i in (0, 1)
     )
     return (first - lam * second).to(dtype)
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the maps are made in bands: wide dtypes on a CPU, and with gradients no more than 2 x 64 MB of maps."""
+    if q.device.type != "cpu" or v.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return False
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    few = q.shape[0] * (q.shape[2] // 2) * q.shape[1] * k.shape[1] <= 2**24
+    return q.shape[1] > 8 and (few or not learns) and not torch.is_autocast_enabled("cpu")
+
+
+def _in_bands(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor | float, causal: bool, scale: float | None
+) -> Float[Tensor, "b t h c"]:
+    """The formula as it stands, some queries at a time: scores that fit the cache, and one product with the values."""
+    for i in (0, 1):
+        check_qkv(q[:, :, i::2], k[:, :, i::2], v)
+    check_numbers(scale, 0.0)
+    if causal:
+        check_mask(causal_rule, q.shape[0], q.shape[2] // 2, q.shape[1], k.shape[1])
+    t, s, r = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    q = q * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    qs = [q[:, :, i::2].transpose(1, 2).contiguous() for i in (0, 1)]
+    ks = [k[:, :, i::2].repeat_interleave(r, 2).transpose(1, 2).contiguous() for i in (0, 1)]
+    v = v.repeat_interleave(r, 2).transpose(1, 2).contiguous()
+    hidden = ~causal_rule.dense(t, s, device=q.device) if causal else None
+    outs = []
+    for rows, cols in bands(t, s, causal, None, q.device):
+        scores = (a[:, :, rows] @ b[:, :, cols].mT for a, b in zip(qs, ks, strict=True))
+        if hidden is not None:
+            scores = (x.masked_fill(hidden[rows, cols], -math.inf) for x in scores)
+        first, second = (x.softmax(-1) for x in scores)
+        outs.append((first - lam * second) @ v[:, :, cols])
+    return torch.cat(outs, 2).transpose(1, 2)
 
 
 def differential_lambda(
@@ -135,7 +181,7 @@ def differential_lambda_init(layer: int) -> float:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lam: Tensor | float) -> None:
-    check_floating("differential_attention", q, k, v)
+    check_alike(q, k, v)
     fits = q.ndim == k.ndim == v.ndim == 4 and k.shape[2] == 2 * v.shape[2] and q.shape[2] % 2 == 0
     if not fits or q.shape[2] == 0:
         raise ShapeError(

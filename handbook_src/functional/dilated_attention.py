@@ -71,6 +71,7 @@ def dilated_attention(
     check_pattern("dilated attention", q, k, v, lengths)
     check_numbers(scale, dropout)
     inner = shielded("dilated_attention", backend, q, k, v)
+    dilation = min(dilation, max(k.shape[1], 1))  # from there on a query sees itself alone; streams would be padding
     t, behind = q.shape[1], (reach - 1) * dilation
     cut = max(k.shape[1] - t - behind, 0)  # no query looks further back
     k, v = k[:, cut:], v[:, cut:]
@@ -206,7 +207,14 @@ def longnet_attention(
     """
     check_pattern("longnet attention", q, k, v)
     check_numbers(scale, dropout)
-    _check_longnet(q, k, segments, dilations)
+    _check_pairs(segments, dilations)
+    if q.shape[1] != k.shape[1]:
+        raise ShapeError(
+            "longnet attention lengths",
+            got=f"{q.shape[1]} queries, {k.shape[1]} keys",
+            want="as many queries as keys",
+            remedy="Segments are counted from the first position: pass the whole sequence.",
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pairs = list(zip(segments, dilations, strict=True))
     if shielded("longnet_attention", backend, q, k, v) == "reference":
@@ -215,6 +223,8 @@ def longnet_attention(
         return scaled_dot_product_attention(q, k, v, bias, scale=scale, dropout=dropout, backend="reference")
     groups = q.shape[2] // k.shape[2]
     k, v = (x if groups == 1 else repeat(x, "b s g e -> b s (g r) e", r=groups) for x in (k, v))
+    # a segment ends with the sequence: what is longer would be padding
+    pairs = [(min(w, r * max(1, -(-q.shape[1] // r))), r) for w, r in pairs]
     return join([_segment(q, k, v, w, r, causal, scale, dropout) for w, r in pairs]).to(v.dtype)
 
 
@@ -242,9 +252,15 @@ def longnet_counts(
         causal: without later keys.
         device: where the table is made.
 
+    Raises:
+        ConfigError: as for :func:`longnet_attention`, and counts that are negative or fractions.
+
     Source:
         Ding et al. 2023, sections 2.2 and 2.3, arXiv:2307.02486
     """
+    check_size("longnet_counts", "n", n, least=0)
+    check_size("longnet_counts", "heads", heads)
+    _check_pairs(segments, dilations)
     at, head = torch.arange(n, device=device), torch.arange(heads, device=device)[:, None]
     counts = torch.zeros(heads, n, n, device=device)
     for w, r in zip(segments, dilations, strict=True):
@@ -273,7 +289,11 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, w: int, r: int, causal: bool, scal
     return Partial(*spread)
 
 
-def _check_longnet(q: Tensor, k: Tensor, segments: Sequence[int], dilations: Sequence[int]) -> None:
+def _check_pairs(segments: Sequence[int], dilations: Sequence[int]) -> None:
+    for sizes in (segments, dilations):
+        if not isinstance(sizes, Sequence):
+            got = type(sizes).__name__
+            raise ConfigError("longnet patterns", got=got, want="lists of sizes", remedy="Pass [64, 256], [1, 4].")
     if len(segments) != len(dilations) or not segments:
         got = f"{len(segments)} segments, {len(dilations)} dilations"
         raise ConfigError("longnet patterns", got=got, want="as many of each, at least one", remedy="They are pairs.")
@@ -284,10 +304,3 @@ def _check_longnet(q: Tensor, k: Tensor, segments: Sequence[int], dilations: Seq
             raise ConfigError(
                 "longnet dilation", got=f"{r} in segments of {w}", want="a divisor", remedy="Powers of two fit."
             )
-    if q.shape[1] != k.shape[1]:
-        raise ShapeError(
-            "longnet attention lengths",
-            got=f"{q.shape[1]} queries, {k.shape[1]} keys",
-            want="as many queries as keys",
-            remedy="Segments are counted from the first position: pass the whole sequence.",
-        )

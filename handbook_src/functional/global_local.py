@@ -11,8 +11,8 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.attention import check_qkv, scaled_dot_product_attention
-from handbook_src.functional.block_sparse import block_sparse_attention
+from handbook_src.functional.attention import check_alike, check_qkv, scaled_dot_product_attention
+from handbook_src.functional.block_sparse import block_sparse_attention, finite
 from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask, marked, window
 from handbook_src.functional.mask import causal as causal_rule
@@ -44,7 +44,7 @@ def global_local_rule(window: int, positions: Positions, *, causal: bool = False
     check_size("global_local_attention", "window", window)
     if isinstance(positions, Tensor):
         return _near_or(window, marked(positions, rows=rows), causal)
-    return _kept(int(window), _numbers(positions), causal, rows)
+    return _kept(int(window), position_numbers(positions), bool(causal), bool(rows))
 
 
 def global_local_attention(
@@ -105,16 +105,17 @@ def global_local_attention(
             "global_local_attention mask", got=type(mask).__name__, want="a Mask", remedy="Use padding(lengths)."
         )
     rule = global_local_rule(window, positions, causal=causal, rows=global_qkv is None)
-    if not isinstance(positions, Tensor) and max(_numbers(positions), default=-1) >= k.shape[1]:
+    if not isinstance(positions, Tensor) and max(position_numbers(positions), default=-1) >= k.shape[1]:
         raise ShapeError(
             "global position", got=max(positions), want=f"below {k.shape[1]} keys", remedy="Name positions that exist."
         )
+    if isinstance(positions, Tensor) and positions.shape != (len(q), k.shape[1]):
+        want = f"{(len(q), k.shape[1])}, one mark for each key"
+        raise ShapeError("global marks", got=tuple(positions.shape), want=want, remedy="Mark every position.")
+    index = None if global_qkv is None else _index(q, k, v, positions, global_qkv)
     rule = rule if mask is None else rule & mask
     out = block_sparse_attention(q, k, v, rule, block_size=block_size, scale=scale, dropout=dropout, backend=backend)
-    if global_qkv is None:
-        return out
-    index = _index(q, k, positions, global_qkv)
-    if index.shape[1] == 0:
+    if global_qkv is None or index is None or index.shape[1] == 0:
         return out
     return _with_global_rows(out, index, positions, global_qkv, causal, mask, scale, dropout, backend)
 
@@ -144,6 +145,8 @@ def _with_global_rows(
         h = torch.arange(q.shape[2], device=q.device).view(-1, 1, 1)
         keys = torch.arange(k.shape[1], device=q.device)
         seen = rule.allows(b, h, index[:, None, :, None], keys).expand(len(index), -1, -1, len(keys))
+    if seen is not None and not finite(q, k, v):
+        backend = "reference"  # for its shield: the rows are few
     rows = scaled_dot_product_attention(q, k, v, seen, scale=scale, dropout=dropout, backend=backend)
     where = where.expand_as(rows)
     if marks:  # samples with fewer global positions keep their local answers
@@ -152,26 +155,32 @@ def _with_global_rows(
     return out.scatter(1, where, rows)
 
 
-def _index(q: Tensor, k: Tensor, positions: Positions, global_qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _index(q: Tensor, k: Tensor, v: Tensor, positions: Positions, global_qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Where the global queries stand, ``b n``; refuses projections of other shapes."""
+    b, t, h, _ = q.shape
     if isinstance(positions, Tensor):
-        most = int(positions.sum(1).max()) if positions.numel() else 0
+        most, rows = int(positions.sum(1).max()) if positions.numel() else 0, t
         index = (~positions).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
     else:
-        index = torch.tensor(_numbers(positions), device=q.device).long().expand(q.shape[0], -1)
-    rows = q.shape[1] if isinstance(positions, Tensor) else index.shape[1]
+        index = torch.tensor(position_numbers(positions), device=q.device).long().expand(b, -1)
+        rows = index.shape[1]
+    if not isinstance(global_qkv, Sequence) or len(global_qkv) != 3:
+        raise ConfigError("global_qkv", got=type(global_qkv).__name__, want="q, k and v", remedy="Pass all three.")
+    check_alike(q, *global_qkv)
     check_qkv(*global_qkv)
-    if q.shape[1] != k.shape[1] or global_qkv[0].shape[1] != rows or global_qkv[1].shape[1] != k.shape[1]:
+    got, keys, values = (tuple(x.shape) for x in global_qkv)
+    if t != k.shape[1] or got[:3] != (b, rows, h) or keys[:2] != (b, t) or values[3] != v.shape[3]:
         raise ShapeError(
             "global_qkv",
-            got=f"{[tuple(x.shape) for x in global_qkv]} for {q.shape[1]} queries, {k.shape[1]} keys",
-            want=f"{rows} queries, {k.shape[1]} keys, and as many queries as keys beside them",
+            got=f"{[got, keys, values]} for {t} queries, {k.shape[1]} keys",
+            want=f"queries ({b}, {rows}, {h}, e), keys ({b}, {t}, g, e), values ({b}, {t}, g, {v.shape[3]}), all t = s",
             remedy="Project the global positions for the queries, all positions for keys and values.",
         )
     return index
 
 
-def _numbers(positions: Sequence[int]) -> tuple[int, ...]:
+def position_numbers(positions: Sequence[int]) -> tuple[int, ...]:
+    """Global positions as integers, each once, in their order; refuses what is none."""
     try:
         numbers = tuple(positions)
     except TypeError as e:

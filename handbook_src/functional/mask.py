@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.check import check_probability
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -134,10 +135,11 @@ class Mask:
         """
         s = t if s is None else s
         start = self._start(t, s, offset)
-        b = torch.arange(self.batch or 1, device=device).view(-1, 1, 1, 1)
+        samples = 1 if self.batch is None else self.batch
+        b = torch.arange(samples, device=device).view(-1, 1, 1, 1)
         h = torch.arange(self.heads or 1, device=device).view(-1, 1, 1)
         queries, keys = torch.arange(t, device=device)[:, None] + start, torch.arange(s, device=device)
-        matrix = self.allows(b, h, queries, keys).expand(self.batch or 1, self.heads or 1, t, s)
+        matrix = self.allows(b, h, queries, keys).expand(samples, self.heads or 1, t, s)
         return matrix[0, 0] if self.batch is None and self.heads is None else matrix
 
     def sdpa(
@@ -297,8 +299,7 @@ def random(share: float, seed: int = 0) -> Mask:
     block; here each pair is drawn on its own, so a row may stay empty: add
     ``window`` or ``global_tokens``, as BigBird does.
     """
-    if not 0.0 <= share <= 1.0:
-        raise ConfigError("random share", got=share, want="a number in [0, 1]", remedy="Give a share of all pairs.")
+    check_probability("random", "share", share, below_one=False)
     _at_least("random seed", seed, 0)
     limit, salt = int(share * 2**32), (seed + 1) * 0x9E3779B1 & 0xFFFFFFFF
 
@@ -316,8 +317,9 @@ def block(n: int, layout: Bool[Tensor, "*heads rows rows"] | None = None) -> Mas
     _at_least("block size", n, 1)
     if layout is None:
         return Mask(f"block({n})", lambda b, h, t, s: t // n == s // n)
-    if layout.ndim not in (2, 3) or layout.dtype != torch.bool or layout.shape[-2] != layout.shape[-1]:
-        got = f"{tuple(layout.shape)} {layout.dtype}"
+    fits = isinstance(layout, Tensor) and layout.ndim in (2, 3) and layout.dtype == torch.bool
+    if not fits or layout.shape[-2] != layout.shape[-1] or 0 in layout.shape[:-2]:
+        got = f"{tuple(layout.shape)} {layout.dtype}" if isinstance(layout, Tensor) else repr(layout)
         remedy = "One row for each query block, one column for each key block; heads, if any, first."
         raise ShapeError("block layout", got=got, want="a square boolean matrix", remedy=remedy)
     text, extent = f"block({n}, layout={_brief(layout)})", n * layout.shape[-1]
@@ -381,8 +383,8 @@ def along(axis: int, *shape: int) -> Mask:
 
 def documents(ids: Int[Tensor, "b n"]) -> Mask:
     """Positions of the same document, where several are packed into one row."""
-    if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
-        got = f"{tuple(ids.shape)} {ids.dtype}"
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else repr(ids)
         raise ShapeError("document ids", got=got, want="integers, b n", remedy="Give each position its document.")
 
     def same(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -394,8 +396,9 @@ def documents(ids: Int[Tensor, "b n"]) -> Mask:
 
 def per_head(*rules: Mask) -> Mask:
     """A rule of its own for each head: ``per_head(causal, causal & window(64))``."""
-    if not rules:
-        raise ConfigError("per_head rules", got="none", want="one rule a head", remedy="Pass the rules.")
+    if not rules or not all(isinstance(rule, Mask) for rule in rules):
+        got = repr(rules) if rules else "none"
+        raise ConfigError("per_head rules", got=got, want="one rule a head", remedy="Pass the rules, not a list.")
 
     def chosen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return reduce(operator.or_, ((h == i) & r.allows(b, h, t, s) for i, r in enumerate(rules)))

@@ -25,12 +25,12 @@ from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import (
     MaskLike,
     broken_rows,
+    check_alike,
     check_mask,
     check_numbers,
     scaled_dot_product_attention,
     without_nan,
 )
-from handbook_src.functional.check import check_floating, check_one_dtype
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.mask import causal as causal_rule
 
@@ -195,8 +195,7 @@ def _blank(kv: Tensor, mask: MaskLike | None, t: int) -> Tensor:
 
 
 def _check(q: Tensor, kv: Tensor, up_key: Tensor, up_value: Tensor) -> None:
-    check_floating("latent_attention", q, kv, up_key, up_value)
-    check_one_dtype("latent_attention", q, kv, up_key, up_value)
+    check_alike(q, kv, up_key, up_value)
     fits = (q.ndim, kv.ndim, up_key.ndim, up_value.ndim) == (4, 3, 3, 3)
     if fits:
         (b, _, h, width), (heads, e, c) = q.shape, up_key.shape

@@ -42,15 +42,14 @@ def bigbird_layout(
     Source:
         Zaheer et al. 2020, section 2 and appendix D, arXiv:2007.14062
     """
-    for name, value, least in (("blocks", blocks, 0), ("window", window, 1), ("random", random, 0), ("ends", ends, 0)):
-        check_size("bigbird_layout", name, value, least=least)
-    check_size("bigbird_layout", "seed", seed, least=0)
-    if window % 2 == 0:
-        raise ConfigError("bigbird_layout window", got=window, want="an odd number", remedy=f"Pass {window + 1}.")
-    i = torch.arange(blocks)
+    check_size("bigbird_layout", "blocks", blocks, least=0)
+    _check_layout(window, random, ends, seed)
+    i = torch.arange(blocks, device="cpu")
     outer = (i < ends) | (i >= blocks - ends)
     layout = ((i[:, None] - i).abs() <= window // 2) | outer | outer[:, None]
-    order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(seed)).masked_fill(layout, 2.0)
+    order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(seed), device="cpu").masked_fill(
+        layout, 2.0
+    )
     drawn = torch.zeros_like(layout).scatter(1, order.argsort(1)[:, :random], True)
     return layout | drawn
 
@@ -117,12 +116,27 @@ def random_attention(
     return block_sparse_attention(q, k, v, rule, block_size=block_size, scale=scale, dropout=dropout, backend=backend)
 
 
-@lru_cache(maxsize=64)
 def bigbird_rule(s: int, block_size: int = 64, window: int = 3, random: int = 3, ends: int = 1, seed: int = 0) -> Mask:
     """Return :func:`bigbird_layout` for ``s`` positions as a rule; the same object each time."""
+    check_size("bigbird_rule", "s", s, least=0)
     check_size("bigbird_rule", "block_size", block_size)
+    _check_layout(window, random, ends, seed)
+    return _kept(int(s), int(block_size), int(window), int(random), int(ends), int(seed))
+
+
+@lru_cache(maxsize=64)
+def _kept(s: int, block_size: int, window: int, random: int, ends: int, seed: int) -> Mask:
     blocks = max(1, -(-s // block_size))
-    return block(block_size, bigbird_layout(blocks, window=window, random=random, ends=ends, seed=seed))
+    with torch.inference_mode(False):  # the layout outlives the call
+        return block(block_size, bigbird_layout(blocks, window=window, random=random, ends=ends, seed=seed))
+
+
+def _check_layout(window: int, random: int, ends: int, seed: int) -> None:
+    """Refuse before the cache looks: to it, 3.0 is 3 and True is 1."""
+    for name, value, least in (("window", window, 1), ("random", random, 0), ("ends", ends, 0), ("seed", seed, 0)):
+        check_size("bigbird_layout", name, value, least=least)
+    if window % 2 == 0:
+        raise ConfigError("bigbird_layout window", got=window, want="an odd number", remedy=f"Pass {window + 1}.")
 
 
 def _ruled(layout: Tensor, block_size: int) -> Mask:

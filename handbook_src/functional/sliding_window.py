@@ -18,14 +18,19 @@ from handbook_src.functional.attention import (
     without_nan,
 )
 from handbook_src.functional.block_sparse import attend, finite, rows_first
-from handbook_src.functional.check import check_floating, check_one_dtype, check_size
+from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask, window
 from handbook_src.functional.mask import causal as causal_rule
 
 
-@lru_cache(maxsize=64)
 def window_rule(n: int, causal: bool = False) -> Mask:
     """``window(n)``, or ``causal & window(n)``: always the same object, so that its plans are kept."""
+    check_size("window_rule", "n", n)
+    return _kept(int(n), bool(causal))
+
+
+@lru_cache(maxsize=64)
+def _kept(n: int, causal: bool) -> Mask:
     return causal_rule & window(n) if causal else window(n)
 
 
@@ -77,8 +82,6 @@ def sliding_window_attention(
     check_size("sliding_window_attention", "window", window)
     check_qkv(q, k, v)
     check_numbers(scale, dropout)
-    check_floating("sliding_window_attention", q, k, v)
-    check_one_dtype("sliding_window_attention", q, k, v)
     (b, t, h, e), s = q.shape, k.shape[1]
     if t > s:
         refuse(

@@ -78,6 +78,7 @@ def strided_attention(
     if part == "column":
         return dilated_attention(q, k, v, -(-t // stride), stride, causal=True, scale=scale, dropout=dropout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    stride = min(stride, t)  # from there on every earlier key is near
     missing = -t % stride  # the padding stands last, where no causal query looks
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x for x in (q, k, v))
     parts = [_nearest(q, k, v, stride, scale, dropout), _columns(q, k, v, stride, scale, dropout)]
@@ -157,6 +158,8 @@ def fixed_attention(
         return scaled_dot_product_attention(q, k, v, rule, scale=scale, dropout=dropout, backend=inner)
     if part == "local" or (t <= stride and part == "both"):
         return chunked_attention(q, k, v, stride, causal=True, scale=scale, dropout=dropout)
+    if stride > t:  # one block that is cut off; of its summary stands what stands before the end
+        stride, summary = t, max(summary - (stride - t), 0)
     n, at = -(-t // stride), torch.arange(t, device=q.device)
     ends = torch.arange(n, device=q.device)[:, None] * stride + torch.arange(stride - summary, stride, device=q.device)
     ends = ends.flatten()[: t // stride * summary + max(t % stride - stride + summary, 0)]

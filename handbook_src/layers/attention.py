@@ -16,8 +16,16 @@ from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import (
     MaskLike,
     attention_weights,
+    autocasting,
     check_mask,
     scaled_dot_product_attention,
+)
+from handbook_src.functional.check import (
+    check_floating,
+    check_one_dtype,
+    check_parameter_dtype,
+    check_probability,
+    check_size,
 )
 from handbook_src.functional.mask import Mask, causal, full
 
@@ -59,8 +67,9 @@ class MultiHeadAttention(nn.Module):
         large ones; bias in GPT-2 and BERT, none in Llama and PaLM.
 
     Raises:
-        ConfigError: sizes that are not positive, heads that don't divide ``dim``,
-            ``kv_heads`` that don't divide ``heads``, dropout outside [0, 1).
+        ConfigError: sizes that are not positive integers, heads that don't divide ``dim``,
+            ``kv_heads`` that don't divide ``heads``, dropout outside [0, 1), a dtype that is not
+            floating point.
 
     Source:
         Vaswani et al. 2017, section 3.2.2, arXiv:1706.03762
@@ -82,20 +91,21 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         kv_dim = dim if kv_dim is None else kv_dim
         kv_heads = heads if kv_heads is None else kv_heads
-        if head_dim is None and heads > 0 and dim % heads:
+        name = type(self).__name__
+        for size, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads), ("kv_dim", kv_dim)):
+            check_size(name, size, value)
+        if head_dim is None and dim % heads:
             raise ConfigError(
                 "heads", got=f"{heads} for dim {dim}", want="a divisor of dim", remedy="Or give head_dim itself."
             )
-        head_dim = dim // max(heads, 1) if head_dim is None else head_dim
-        if min(dim, heads, kv_heads, kv_dim, head_dim) < 1:
-            got = f"dim {dim}, heads {heads}, kv_heads {kv_heads}, kv_dim {kv_dim}, head_dim {head_dim}"
-            raise ConfigError("attention sizes", got=got, want="all at least 1", remedy="Give positive sizes.")
+        head_dim = dim // heads if head_dim is None else head_dim
+        check_size(name, "head_dim", head_dim)
+        check_parameter_dtype(name, dtype)
         if heads % kv_heads:
             raise ConfigError(
                 "kv_heads", got=f"{kv_heads} for {heads} heads", want="a divisor of heads", remedy="1 shares one head."
             )
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError("attention dropout", got=dropout, want="a share in [0, 1)", remedy="Typical: 0 to 0.1.")
+        check_probability("attention", "dropout", dropout)
         self.dim, self.heads, self.kv_dim, self.head_dim, self.dropout = dim, heads, kv_dim, head_dim, dropout
         self.kv_heads, out, shared = kv_heads, heads * head_dim, kv_heads * head_dim
         self.q_proj = nn.Linear(dim, out, bias=bias, device=device, dtype=dtype)
@@ -146,6 +156,11 @@ class MultiHeadAttention(nn.Module):
                 remedy="A memory does not grow: its keys and values are the same at each step.",
             )
         source = x if memory is None else memory
+        check_input(type(self).__name__, x, self.q_proj)
+        if memory is not None:
+            check_input(type(self).__name__, memory, self.k_proj)
+        if cache is not None and not hasattr(cache, "update"):
+            raise ConfigError("cache", got=repr(cache), want="something with update(k, v)", remedy="Try AppendCache().")
         if not x.ndim == source.ndim == 3 or x.shape[-1] != self.dim or source.shape[-1] != self.kv_dim:
             raise ShapeError(
                 "features",
@@ -221,6 +236,26 @@ class MultiHeadAttention(nn.Module):
         pruned = "" if self.kept_heads == list(range(self.heads)) else f", kept_heads={self.kept_heads}"
         shared = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
         return f"{self.dim}, heads={self.heads}{shared}, head_dim={self.head_dim}, dropout={self.dropout}{pruned}"
+
+
+def check_input(op: str, x: Tensor, projection: nn.Module) -> None:
+    """Refuse what a projection would stumble over: no tensor, integers, another dtype (unless autocast joins them).
+
+    Args:
+        op: the layer's name, for messages.
+        x: what comes in.
+        projection: what reads it first.
+
+    Raises:
+        ConfigError: ``x`` is no tensor.
+        ShapeError: ``x`` has another dtype.
+    """
+    if not isinstance(x, Tensor):
+        raise ConfigError(f"{op} input", got=type(x).__name__, want="a tensor", remedy="Pass features, b t d.")
+    check_floating(op, x)
+    weight = getattr(projection, "weight", x)  # none where an adapter stands in its place
+    if weight.dtype != x.dtype and weight.is_floating_point() and not autocasting(x):
+        check_one_dtype(op, weight, x)
 
 
 def _part(old: Tensor, index: Tensor, dim: int) -> nn.Parameter:

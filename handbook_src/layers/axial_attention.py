@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.axial_attention import axial_attention, shift
-from handbook_src.functional.check import check_parameter_dtype
+from handbook_src.functional.axial_attention import axial_attention, axis_of, shift
 from handbook_src.functional.mask import along, causal
-from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.attention import MultiHeadAttention, check_input
 
 
 @final
@@ -62,12 +61,12 @@ class AxialAttention(MultiHeadAttention):
     ) -> None:
         if not isinstance(axis, int) or isinstance(axis, bool):
             raise ConfigError("AxialAttention axis", got=repr(axis), want="an integer", remedy="0 is the first axis.")
-        check_parameter_dtype("AxialAttention", dtype)
         super().__init__(dim, heads, dropout=dropout, bias=bias, device=device, dtype=dtype)
         self.axis, self.causal = axis, bool(causal)
 
     def forward(self, x: Float[Tensor, "b *axes d"]) -> Float[Tensor, "b *axes d"]:  # type: ignore[override]
         """Attend along the axis."""
+        check_input("AxialAttention", x, self.q_proj)
         _check_grid(x, self.dim, 1)
         q, k, v = (
             rearrange(proj(x), "... (h e) -> ... h e", e=self.head_dim)
@@ -79,8 +78,9 @@ class AxialAttention(MultiHeadAttention):
 
     def weights(self, x: Float[Tensor, "b *axes d"]) -> Float[Tensor, "b h n n"]:  # type: ignore[override]
         """Return each head's weights between all cells, the grid read row by row, without dropout."""
+        check_input("AxialAttention", x, self.q_proj)
         _check_grid(x, self.dim, 1)
-        rule = along(self.axis % (x.ndim - 2), *x.shape[1:-1])
+        rule = along(axis_of(x.ndim - 2, self.axis), *x.shape[1:-1])
         return super().weights(x.flatten(1, -2), mask=causal & rule if self.causal else rule)
 
     def extra_repr(self) -> str:
@@ -146,6 +146,7 @@ class RasterAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b height width d"]) -> Float[Tensor, "b height width d"]:
         """Attend to the cells before, and to the cell itself."""
+        check_input("RasterAttention", x, self.row.q_proj)
         _check_grid(x, self.dim, 2, exactly=True)
         above = shift(self.column(self.row(x)), 0)
         return self.masked_row(x + above)

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from handbook_src.functional.check import check_parameter_dtype, check_size
+from handbook_src.functional.check import check_size
 from handbook_src.functional.chunked_attention import chunk_rule, chunked_attention
 from handbook_src.functional.mask import Mask
 from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention
@@ -29,7 +29,6 @@ class PatternAttention(SelfAttention, ABC):
         dtype: torch.dtype | None,
     ) -> None:
         """Make the projections; the rule is a property, so that the layer pickles."""
-        check_parameter_dtype(type(self).__name__, dtype)
         MultiHeadAttention.__init__(self, dim, heads, dropout=dropout, bias=bias, device=device, dtype=dtype)
 
     @property

@@ -18,6 +18,7 @@ from handbook_src.functional.differential_attention import (
     differential_lambda_init,
 )
 from handbook_src.functional.rope import apply_rope
+from handbook_src.layers.attention import check_input
 from handbook_src.layers.kv_cache import KVCache
 from handbook_src.layers.norm import RMSNorm
 from handbook_src.layers.rope import RotaryEmbedding
@@ -143,6 +144,7 @@ class DifferentialAttention(nn.Module):
         return (first - self.lam() * second).to(x.dtype)
 
     def _project(self, x: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        check_input("DifferentialAttention", x, self.q_proj)
         check_rank("DifferentialAttention", x, (3,), "(batch, time, features)")
         check_features("DifferentialAttention", x, self.dim)
         q, k, v = (
@@ -169,9 +171,10 @@ class DifferentialAttention(nn.Module):
 
 def _check_sizes(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
     name = "DifferentialAttention"
-    for size, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
-        if value is not None:
-            check_size(name, size, value)
+    for size, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
+        check_size(name, size, value)
+    if head_dim is not None:
+        check_size(name, "head_dim", head_dim)
     if heads % kv_heads:
         raise ConfigError(
             f"{name} kv_heads", got=f"{kv_heads} for {heads} heads", want="a divisor of heads", remedy="1 shares one."

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_parameter_dtype, check_size
-from handbook_src.functional.global_local import global_local_attention
+from handbook_src.functional.check import check_size
+from handbook_src.functional.global_local import global_local_attention, position_numbers
 from handbook_src.functional.mask import Mask
 from handbook_src.layers.attention import MultiHeadAttention
 
@@ -69,7 +69,6 @@ class LongformerAttention(MultiHeadAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_size("LongformerAttention", "window", window)
-        check_parameter_dtype("LongformerAttention", dtype)
         super().__init__(dim, heads, dropout=dropout, bias=bias, device=device, dtype=dtype)
         self.window, self.separate, self.causal = int(window), bool(separate), bool(causal)
         if separate:
@@ -111,9 +110,7 @@ class LongformerAttention(MultiHeadAttention):
         """Queries of the global positions, keys and values of all."""
         rows = x
         if not isinstance(positions, Tensor):
-            chosen = list(dict.fromkeys(positions))
-            for p in chosen:
-                check_size("LongformerAttention", "position", p, least=0)
+            chosen = list(position_numbers(positions))
             if max(chosen, default=-1) >= x.shape[1]:
                 raise ShapeError(
                     "global position", got=max(chosen), want=f"below {x.shape[1]}", remedy="Name positions that exist."

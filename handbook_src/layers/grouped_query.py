@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from handbook_src.errors import ConfigError
-from handbook_src.functional.check import check_parameter_dtype, check_size
+from handbook_src.functional.check import check_size
 from handbook_src.functional.grouped_query import mean_pool_heads
 from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention
 from handbook_src.layers.kv_cache import KVCache
@@ -66,11 +66,7 @@ class GroupedQueryAttention(MultiHeadAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         name = type(self).__name__
-        for size, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
-            check_size(name, size, value)
-        if head_dim is not None:
-            check_size(name, "head_dim", head_dim)
-        check_parameter_dtype(name, dtype)
+        check_size(name, "kv_heads", kv_heads)  # None would mean as many as heads
         if rope is not None and not isinstance(rope, RotaryEmbedding):
             raise ConfigError(
                 f"{name} rope", got=repr(rope), want="a RotaryEmbedding", remedy="For instance RotaryEmbedding(64)."
@@ -170,6 +166,9 @@ def share_key_heads(layer: MultiHeadAttention, kv_heads: int) -> GroupedQueryAtt
     Source:
         Ainslie et al. 2023, section 2.1, arXiv:2305.13245
     """
+    if not isinstance(layer, MultiHeadAttention):
+        got = type(layer).__name__
+        raise ConfigError("share_key_heads layer", got=got, want="a MultiHeadAttention", remedy="Pass the layer.")
     if layer.kv_dim != layer.dim or layer.kept_heads != list(range(layer.heads)):
         raise ConfigError(
             "share_key_heads layer",

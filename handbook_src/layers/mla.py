@@ -14,6 +14,7 @@ from handbook_src.functional.attention import MaskLike
 from handbook_src.functional.check import check_features, check_parameter_dtype, check_rank, check_size
 from handbook_src.functional.mla import Form, latent_attention
 from handbook_src.functional.rope import apply_rope
+from handbook_src.layers.attention import check_input
 from handbook_src.layers.kv_cache import KVCache, held_bytes
 from handbook_src.layers.norm import RMSNorm
 from handbook_src.layers.rope import RotaryEmbedding
@@ -217,6 +218,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         A cache of :mod:`handbook_src.layers.kv_cache` serves as well: latents are its keys, rotary keys its values.
         """
+        check_input("MultiHeadLatentAttention", x, self.kv_a_proj_with_mqa)
         check_rank("MultiHeadLatentAttention", x, (3,), "(batch, time, features)")
         check_features("MultiHeadLatentAttention", x, self.dim)
         q, kv = self._queries_and_latents(x, 0 if cache is None else self._seen(cache))

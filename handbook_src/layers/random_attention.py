@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.errors import ConfigError
-from handbook_src.functional.check import check_parameter_dtype, check_size
+from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.random_attention import bigbird_layout, bigbird_rule, random_attention
 from handbook_src.layers.attention import MultiHeadAttention
@@ -61,7 +61,6 @@ class BigBirdAttention(MultiHeadAttention):
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_parameter_dtype("BigBirdAttention", dtype)
         check_size("BigBirdAttention", "block_size", block_size)
         bigbird_layout(0, window=window, random=random, ends=ends, seed=seed)  # refuses what cannot work
         super().__init__(dim, heads, dropout=dropout, dtype=dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from handbook_src.functional.attention import MaskLike
 from handbook_src.functional.block_sparse import block_sparse_attention
-from handbook_src.functional.check import check_parameter_dtype, check_size
+from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.sliding_window import sliding_window_attention, window_rule
 from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention
@@ -66,7 +66,6 @@ class SlidingWindowAttention(SelfAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_size("SlidingWindowAttention", "window", window)
-        check_parameter_dtype("SlidingWindowAttention", dtype)
         MultiHeadAttention.__init__(
             self, dim, heads, kv_heads=kv_heads, dropout=dropout, bias=bias, device=device, dtype=dtype
         )

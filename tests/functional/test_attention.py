@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ConfigError, HandbookError, ShapeError
 from handbook_src.functional.attention import (
     attention_weights,
     scaled_dot_product_attention,
@@ -464,3 +464,29 @@ def test_what_is_no_mask_is_refused(mask: object) -> None:
 def test_heads_without_features_are_refused() -> None:
     with refuses(ShapeError, "at least one feature"):
         scaled_dot_product_attention(*qkv(e=0))
+
+
+@pytest.mark.refusal(SDPA)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_inputs_that_are_no_floating_tensors_of_one_kind_are_refused(backend: str) -> None:
+    q, k, v = qkv()
+    for inputs, value in (
+        ((q.long(), k.long(), v.long()), "int64"),
+        ((q > 0, k > 0, v > 0), "bool"),
+        ((q, k.half(), v), "float16"),
+        ((q, k, v.half()), "float16"),
+        ((q, k.to("meta"), v), "meta"),
+        ((q, None, v), "NoneType"),
+    ):
+        with refuses(HandbookError, value):
+            scaled_dot_product_attention(*inputs, backend=backend)  # type: ignore[arg-type]
+    for option, value in (("scale", "x"), ("scale", True), ("scale", math.inf), ("dropout", None), ("dropout", "a")):
+        with refuses(ConfigError, str(value)):
+            scaled_dot_product_attention(q, k, v, backend=backend, **{option: value})  # type: ignore[arg-type]
+
+
+def test_autocast_joins_dtypes() -> None:
+    q, k, v = (x.float() for x in qkv())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scaled_dot_product_attention(q, k.bfloat16(), v.bfloat16())
+    assert found.dtype == torch.bfloat16

@@ -200,3 +200,12 @@ def test_refusals() -> None:
         axial_attention(q, k.float(), v, 0)
     with refuses(ShapeError, "attention heads", "3 query, 2 key"):
         axial_attention(torch.randn(2, 3, 4, 3, 4).double(), k, v, 0)
+
+
+@pytest.mark.refusal("axial-attention")
+def test_inputs_that_are_no_tensors_of_one_device_are_refused() -> None:
+    q, k, v = grid(3, 4)
+    with refuses(ConfigError, "NoneType"):
+        axial_attention(q, None, v, 0)  # type: ignore[arg-type]
+    with refuses(ShapeError, "meta"):
+        axial_attention(q, k.to("meta"), v, 0)

@@ -233,3 +233,38 @@ def test_refusals() -> None:
         block_sparse_attention(q, k, v, causal, dropout=1.0)
     with refuses(ConfigError, "backend", "flash"):
         block_sparse_attention(q, k, v, causal, backend="flash")  # type: ignore[arg-type]
+
+
+@pytest.mark.law("global-local-attention")
+@pytest.mark.parametrize("size", [4, 64])
+def test_rules_that_compare_conditions_equal_the_dense_mask(size: int) -> None:
+    same = Mask("same side", lambda b, h, t, s: (t < 5) == (s < 5))
+    other = Mask("other side", lambda b, h, t, s: (t < 5) != (s < 5))
+    odd = Mask("odd", lambda b, h, t, s: (t < 5) ^ (s < 5))
+    q, k, v = qkv(13, 13)
+    for rule in (causal & same, same | window(2), causal & ~other, causal & ~odd, same & ~(causal & other)):
+        found = block_sparse_attention(q, k, v, rule, block_size=size)
+        torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v, rule, backend="reference"))
+
+
+@pytest.mark.registration("sliding-window-attention")
+def test_a_plan_that_was_made_elsewhere_serves_training() -> None:
+    rule, (q, k, v) = causal & window(3), qkv(13, 13)
+    with torch.inference_mode():
+        block_sparse_attention(q, k, v, rule, block_size=4)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    block_sparse_attention(*inputs, rule, block_size=4).sum().backward()
+    assert all(x.grad is not None for x in inputs)
+    with torch.device("meta"):  # another default device
+        found = block_sparse_attention(q, k, v, causal & window(4), block_size=4)
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v, causal & window(4)))
+
+
+def test_a_batch_of_none_and_blocks_longer_than_the_sequence() -> None:
+    q, k, v = qkv(5, 5)
+    rule = causal & padding(torch.zeros(0, dtype=torch.int64))
+    assert block_sparse_attention(q[:0], k[:0], v[:0], rule).shape[0] == 0
+    assert rule.dense(5).shape == (0, 1, 5, 5)
+    found = block_sparse_attention(q, k, v, causal, block_size=10**9)  # of which five exist
+    torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v, causal))

@@ -280,3 +280,30 @@ def test_refusals() -> None:
             attend(q, k[:, :4], v[:, :4])
         with refuses(ShapeError, "attention inputs", (1, 6, 2, 4)):
             attend(q, k[:1], v[:1])
+
+
+def test_gaps_and_segments_longer_than_the_sequence_make_no_padding() -> None:
+    q, k, v = qkv(13, 13)
+    torch.testing.assert_close(dilated_attention(q, k, v, 2, 10**12), dilated_attention(q, k, v, 1, 1))
+    for r in (1, 5):
+        long = longnet_attention(q, k, v, [r * 10**12], [r])
+        torch.testing.assert_close(long, longnet_attention(q, k, v, [15], [r]))
+
+
+@pytest.mark.refusal("dilated-attention")
+def test_pairs_that_are_no_lists_and_tables_of_no_size_are_refused() -> None:
+    q, k, v = qkv(4, 4)
+    for segments, dilations, value in (
+        (4, [2], "int"),
+        ([4], None, "NoneType"),
+        ([4], [3], "3"),
+        ([4, 4], [2], "2 seg"),
+    ):
+        with refuses(ConfigError, value):
+            longnet_attention(q, k, v, segments, dilations)  # type: ignore[arg-type]
+        with refuses(ConfigError, value):
+            longnet_counts(4, 2, segments, dilations)  # type: ignore[arg-type]
+    with refuses(ConfigError, "-4"):
+        longnet_counts(-4, 2, [4], [2])
+    with refuses(ConfigError, "0"):
+        longnet_counts(4, 2, [4], [0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ConfigError, HandbookError, ShapeError
 from handbook_src.functional.attention import scaled_dot_product_attention
 from handbook_src.functional.global_local import global_local_attention, global_local_rule
 from handbook_src.functional.mask import padding
@@ -154,11 +154,11 @@ def test_refusals() -> None:
         global_local_attention(q, k, v, 3, (33,))
     with refuses(ShapeError, "marks", (2, 33), "torch.int64"):
         global_local_attention(q, k, v, 3, MARKS.long())
-    with refuses(ShapeError, "at most 20"):
+    with refuses(ShapeError, "(2, 20)"):
         global_local_attention(q, k, v, 3, MARKS[:, :20])
     with refuses(ConfigError, "mask", "Tensor", "padding"):
         global_local_attention(q, k, v, 3, (0,), mask=torch.ones(33, 33) > 0)  # type: ignore[arg-type]
-    with refuses(ShapeError, "global_qkv", "1 queries"):
+    with refuses(ShapeError, "global_qkv", "(2, 1, 4, e)"):
         global_local_attention(q, k, v, 3, (0,), global_qkv=(q, k, v))
     with refuses(ShapeError, "t=33", "s=5"):
         global_local_attention(q, k[:, :5], v[:, :5], 3, (0,))
@@ -166,3 +166,46 @@ def test_refusals() -> None:
         global_local_attention(q, *qkv(g=3)[1:], 3, (0,))
     with refuses(ConfigError, "scale", -2.0):
         global_local_attention(q, k, v, 3, (0,), scale=-2.0)
+
+
+@pytest.mark.law("global-local-attention")
+@pytest.mark.parametrize("marks", [False, True])
+def test_a_broken_later_key_does_not_reach_an_earlier_global_query(marks: bool) -> None:
+    q, k, v = qkv()
+    positions = is_global([1, 7]).expand(2, -1) if marks else [1, 7]
+    chosen, local = q if marks else q[:, [1, 7]], (k, v)
+
+    def call(k: Tensor, v: Tensor) -> Tensor:
+        return global_local_attention(q, *local, 2, positions, global_qkv=(chosen, k, v), causal=True)
+
+    broken = [x.clone().index_fill_(1, torch.tensor([5]), math.nan) for x in (k, v)]
+    for x in broken:
+        x.requires_grad_()
+    clean, found = call(k, v), call(*broken)
+    torch.testing.assert_close(found[:, :7], clean[:, :7])
+    assert bool(found[:, 7].isnan().all())
+    found[:, 1].sum().backward()
+    assert all(bool(x.grad.isfinite().all()) for x in broken if x.grad is not None)
+
+
+def test_a_batch_may_be_empty() -> None:
+    q, k, v = (x[:0] for x in qkv())
+    assert global_local_attention(q, k, v, 2, is_global([3])[:0], global_qkv=(q, k, v)).shape[0] == 0
+
+
+@pytest.mark.refusal("global-local-attention")
+def test_marks_and_projections_that_do_not_fit_are_refused() -> None:
+    q, k, v = qkv()
+    for shape in ((2, 35), (1, 33)):
+        with refuses(ShapeError, shape):
+            global_local_attention(q, k, v, 2, torch.ones(shape, dtype=torch.bool), global_qkv=(q, k, v))
+    for wrong, value in (
+        ((q[:, :1], k), "tuple"),
+        (5, "int"),
+        ((q[:1, :1], k[:1], v[:1]), "(1, 1, 4, 6)"),
+        ((q[:, :1, :2], k[:, :, :2], v[:, :, :2]), "(2, 1, 2, 6)"),
+        ((q[:, :1], k, v[..., :2]), "(2, 33, 4, 2)"),
+        ((q[:, :1].double(), k.double(), v.double()), "float64"),
+    ):
+        with refuses(HandbookError, value):
+            global_local_attention(q, k, v, 2, [0], global_qkv=wrong)  # type: ignore[arg-type]

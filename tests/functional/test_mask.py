@@ -354,3 +354,16 @@ def test_a_table_has_no_positions_before_zero() -> None:
         with refuses(ShapeError, "offset under", -1):
             rule.dense(2, 4, offset=-1)
     assert causal.dense(2, 4, offset=-1).tolist() == [[False] * 4, [True] + [False] * 3]
+
+
+@pytest.mark.refusal("attention-masks")
+def test_parts_of_the_wrong_kind_are_refused() -> None:
+    with refuses(ConfigError, "[causal"):
+        per_head([causal, causal])  # type: ignore[arg-type]
+    for share in ("a", None, True):
+        with refuses(ConfigError, str(share)):
+            random(share)  # type: ignore[arg-type]
+    with refuses(ShapeError, "[0, 1]"):
+        documents([0, 1])  # type: ignore[arg-type]
+    with refuses(ShapeError, "[[True]]"):
+        block(2, [[True]])  # type: ignore[arg-type]

@@ -144,3 +144,33 @@ def test_refusals() -> None:
         random_attention(q[0], k[0], v[0])
     with refuses(ShapeError, "torch.int64"):
         random_attention(q.long(), k.long(), v.long())
+
+
+@pytest.mark.refusal("random-attention")
+@pytest.mark.parametrize("name", ["window", "random", "ends", "seed"])
+@pytest.mark.parametrize("value", [3.0, True, [3], None])
+def test_what_was_drawn_before_does_not_let_the_wrong_kind_pass(name: str, value: object) -> None:
+    q, k, v = qkv()
+    for n in (1, 3):
+        random_attention(q, k, v, block_size=4, **{name: n})  # to a dict, 3.0 is 3 and True is 1
+    with refuses(ConfigError, str(value)):
+        random_attention(q, k, v, block_size=4, **{name: value})  # type: ignore[arg-type]
+    with refuses(ConfigError, "-1"):
+        bigbird_rule(-1)
+
+
+@pytest.mark.registration("random-attention")
+def test_a_draw_that_was_made_elsewhere_serves_training() -> None:
+    q, k, v = (x.clone().requires_grad_() for x in qkv())
+    with torch.inference_mode(), torch.device("meta"):
+        random_attention(q, k, v, block_size=6, seed=31)
+    random_attention(q, k, v, block_size=6, seed=31).sum().backward()
+    assert k.grad is not None
+    assert bool(k.grad.isfinite().all())
+    random_attention(q, k, v, block_size=6, seed=31, backend="reference").sum().backward()
+
+
+def test_blocks_may_be_longer_than_the_sequence() -> None:
+    q, k, v = qkv()
+    found = random_attention(q, k, v, block_size=10**9)
+    torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v))

@@ -247,3 +247,11 @@ def test_refusals() -> None:
 def test_the_rule_is_kept() -> None:
     assert window_rule(5, True) is window_rule(5, True)
     assert str(window_rule(5, True)) == "causal & window(5)"
+
+
+@pytest.mark.refusal("sliding-window-attention")
+@pytest.mark.parametrize("n", [3.0, True, [3], None])
+def test_a_rule_that_was_made_before_does_not_let_the_wrong_kind_pass(n: object) -> None:
+    window_rule(1), window_rule(3)  # to a dict, 3.0 is 3 and True is 1
+    with refuses(ConfigError, str(n)):
+        window_rule(n)  # type: ignore[arg-type]

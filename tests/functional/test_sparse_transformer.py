@@ -252,3 +252,13 @@ def test_refusals_of_a_summary() -> None:
     for wrong in (0, -1, True, 1.5, 4):
         with refuses(ConfigError, "fixed attention summary", wrong):
             fixed_attention(q, k, v, 3, wrong)
+
+
+def test_strides_longer_than_the_sequence_make_no_padding() -> None:
+    q, k, v = qkv(9, 9)
+    whole = scaled_dot_product_attention(q, k, v, causal)
+    torch.testing.assert_close(strided_attention(q, k, v, 10**12), whole)
+    torch.testing.assert_close(fixed_attention(q, k, v, 10**12), whole)
+    seen = fixed_attention(q, k, v, 10**12, 10**12 - 4, part="summary")  # the summary begins at position 4
+    assert not seen[:, :4].any()
+    torch.testing.assert_close(seen[:, 4:], scaled_dot_product_attention(q[:, 4:], k[:, 4:], v[:, 4:], causal))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ConfigError, HandbookError, ShapeError
 from handbook_src.functional.mask import Mask, causal, full, left_padding, padding, per_head, prefix_lm, window
 from handbook_src.layers.attention import (
     BidirectionalAttention,
@@ -277,9 +278,9 @@ def test_refusals() -> None:
     with refuses(ConfigError, "5 for dim 12", "divisor"):
         MultiHeadAttention(12, 5)
     for sizes in ({"dim": 0, "heads": 1}, {"dim": 8, "heads": 0}, {"dim": 8, "heads": 2, "kv_dim": 0}):
-        with refuses(ConfigError, "attention sizes", "at least 1"):
+        with refuses(ConfigError, "got 0", "at least 1"):
             MultiHeadAttention(**sizes)
-    with refuses(ConfigError, "head_dim -1"):
+    with refuses(ConfigError, "head_dim: got -1"):
         MultiHeadAttention(8, 2, head_dim=-1)
     for dropout in (-0.1, 1.0):
         with refuses(ConfigError, "dropout", dropout):
@@ -375,3 +376,32 @@ def test_inputs_without_a_batch_and_masks_that_are_none_are_refused() -> None:
                 layer(torch.randn(shape))
         with refuses(ConfigError, "attention mask", "causal"):
             layer(torch.randn(1, 3, 8), mask="causal")
+
+
+@pytest.mark.refusal(MHA)
+def test_settings_of_the_wrong_kind_are_refused() -> None:
+    good = {"dim": 8, "heads": 2, "kv_heads": 2, "kv_dim": 8, "head_dim": 4}
+    for name in good:
+        for value in (2.0, True, "a", math.nan, -1):
+            with refuses(ConfigError, name, value):
+                MultiHeadAttention(**{**good, name: value})  # type: ignore[arg-type]
+    for dropout in ("a", None, True, math.nan):
+        with refuses(ConfigError, "dropout", dropout):
+            MultiHeadAttention(8, 2, dropout=dropout)  # type: ignore[arg-type]
+    with refuses(ConfigError, "int64"):
+        MultiHeadAttention(8, 2, dtype=torch.int64)
+
+
+@pytest.mark.refusal(MHA)
+def test_inputs_of_the_wrong_kind_are_refused() -> None:
+    layer, x = MultiHeadAttention(8, 2), torch.randn(2, 3, 8)
+    for wrong, value in ((x.long(), "int64"), (x > 0, "bool"), (x.double(), "float64"), (None, "NoneType")):
+        with refuses(HandbookError, value):
+            layer(wrong)
+        if wrong is not None:
+            with refuses(HandbookError, value):
+                layer(x, wrong)
+    with refuses(ConfigError, "'a'"):
+        layer(x, cache="a")
+    with torch.autocast("cpu", torch.bfloat16):  # joins dtypes by itself
+        assert layer(x.bfloat16()).shape == x.shape

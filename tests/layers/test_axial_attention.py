@@ -137,3 +137,13 @@ def test_refusals() -> None:
     for shape in ((2, 3, 8), (2, 3, 4, 7), (1, 2, 3, 4, 8)):
         with refuses(ShapeError, "grid of features", shape, "height"):
             RasterAttention(8, 2)(torch.randn(shape))
+
+
+@pytest.mark.refusal("axial-attention")
+def test_weights_refuse_an_axis_that_is_not_there() -> None:
+    layer = AxialAttention(8, 2, axis=5)
+    for call in (layer, layer.weights):
+        with refuses(ConfigError, "got 5"):
+            call(torch.randn(1, 2, 3, 8))
+    with refuses(ShapeError, "int64"):
+        AxialAttention(8, 2, axis=0)(torch.ones(1, 2, 3, 8, dtype=torch.int64))

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DiffLlamaConfig
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ConfigError, HandbookError, ShapeError
 from handbook_src.functional.mask import Mask, left_padding, padding, window
 from handbook_src.functional.rope import rope_cos_sin, rope_frequencies
 from handbook_src.layers.differential_attention import DifferentialAttention
@@ -197,3 +197,14 @@ def test_refusals() -> None:
         layer(x, cache={})  # type: ignore[arg-type]
     with refuses(ShapeError, "attention mask", (3, 4)):
         layer(x, torch.ones(3, 4, dtype=torch.bool))
+
+
+@pytest.mark.refusal("differential-attention")
+def test_inputs_and_sizes_of_the_wrong_kind_are_refused() -> None:
+    layer, x = DifferentialAttention(8, 2), torch.randn(2, 3, 8)
+    for wrong, value in ((x.long(), "int64"), (x.double(), "float64"), (None, "NoneType")):
+        with refuses(HandbookError, value):
+            layer(wrong)
+    for sizes in ((None, 2), (8, None)):
+        with refuses(ConfigError, "None"):
+            DifferentialAttention(*sizes)  # type: ignore[arg-type]

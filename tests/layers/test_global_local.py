@@ -156,3 +156,10 @@ def test_refusals() -> None:
     with refuses(ConfigError, "heads to prune", [1]):
         layer.prune_heads([1])
     LongformerAttention(8, 2, window=3, separate=False).prune_heads([1])
+
+
+@pytest.mark.refusal("global-local-attention")
+@pytest.mark.parametrize("positions", [5, None, [[0]], [1.0]])
+def test_positions_of_the_wrong_kind_are_refused(positions: object) -> None:
+    with refuses(ConfigError, "5" if positions == 5 else "None" if positions is None else str(positions[0])):  # type: ignore[index]
+        LongformerAttention(8, 2, window=2)(torch.randn(1, 6, 8), positions)  # type: ignore[arg-type]

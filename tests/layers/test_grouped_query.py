@@ -264,3 +264,11 @@ def test_refusals_of_inputs_and_conversions() -> None:
     pruned.prune_heads([1])
     with refuses(ConfigError, "kept_heads=[0, 2, 3]"):
         share_key_heads(pruned, 1)
+
+
+@pytest.mark.refusal("gqa", "mqa")
+def test_what_is_no_layer_is_not_converted() -> None:
+    with refuses(ConfigError, "int"):
+        share_key_heads(5, 2)  # type: ignore[arg-type]
+    with refuses(ConfigError, "kv_heads", "None"):
+        GroupedQueryAttention(8, 2, None)  # type: ignore[arg-type]

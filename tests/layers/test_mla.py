@@ -13,7 +13,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ConfigError, HandbookError, ShapeError
 from handbook_src.functional.mask import padding, window
 from handbook_src.functional.rope import rope_cos_sin, rope_frequencies
 from handbook_src.layers.kv_cache import AppendCache, QuantizedCache, StaticCache
@@ -249,3 +249,11 @@ def test_refusals_of_the_cache() -> None:
     with refuses(ShapeError, (3, 8)):
         LatentCache().update(kv[0])
     torch.testing.assert_close(cache.update(kv[:, :1]), torch.cat((kv, kv[:, :1]), 1), rtol=0, atol=0)
+
+
+@pytest.mark.refusal("mla")
+def test_inputs_of_the_wrong_kind_are_refused() -> None:
+    layer, x = MultiHeadLatentAttention(8, 2, latent_dim=4, head_dim=4, rope=2), torch.randn(2, 3, 8)
+    for wrong, value in ((x.long(), "int64"), (x.double(), "float64"), (None, "NoneType")):
+        with refuses(HandbookError, value):
+            layer(wrong)
