@@ -413,7 +413,7 @@ def test_any_memory_layout_and_device() -> None:
     for views in (turned, wide):
         assert not views[0].is_contiguous()
         torch.testing.assert_close(lsh_attention(*views, rotations, chunk=4), want, rtol=0, atol=0)
-    assert lsh_attention(qk.to("meta"), v.to("meta"), rotations, chunk=4).shape == want.shape
+    assert lsh_attention(qk.to("meta"), v.to("meta"), [r.to("meta") for r in rotations], chunk=4).shape == want.shape
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = lsh_attention(qk.float(), v.float(), rotations, chunk=4)
     assert cast.dtype == torch.float32
