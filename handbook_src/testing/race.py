@@ -53,6 +53,7 @@ class Race:
         *inputs: Tensor,
         check: float = 1e-4,
         modules: tuple[Any, Any] | None = None,
+        step: bool = True,
     ) -> None:
         """Time ``ours`` against ``theirs`` on the same inputs.
 
@@ -65,6 +66,7 @@ class Race:
             inputs: copied; floating ones are differentiated in a step.
             check: the largest relative error between the two outputs, and between their first gradients.
             modules: where the parameters are, if ``ours`` and ``theirs`` are not modules themselves.
+            step: time a step as well, where both have something to differentiate.
 
         Raises:
             AssertionError: the two don't agree.
@@ -72,7 +74,7 @@ class Race:
         xs = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
         wanted = [[x for x in (*xs, *_parameters(m)) if x.requires_grad] for m in modules or (ours, theirs)]
         modes = {"forward": (_forward(theirs, xs), _forward(ours, xs))}
-        if all(wanted):
+        if step and all(wanted):
             modes["step"] = (_step(theirs, xs, wanted[1]), _step(ours, xs, wanted[0]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -50,6 +50,8 @@ def test_integers_have_no_step_and_inputs_are_left_alone() -> None:
     y = torch.ones(3)
     race.run("some", "layer", "torch", nn.ReLU(), torch.relu, y)
     assert not y.requires_grad
+    race.run("some", "decoding", "torch", nn.ReLU(), torch.relu, y, step=False)
+    assert [h.mode for h in race.heats] == ["forward", "forward", "step", "forward"]
 
 
 def test_weights_are_given_in_order() -> None:
