@@ -132,7 +132,7 @@ class LongformerAttention(MultiHeadAttention):
         )
 
     def prune_heads(self, heads: Iterable[int]) -> None:
-        """Remove heads as :meth:`MultiHeadAttention.prune_heads` does; refused with separate projections."""
+        """Remove heads as ``MultiHeadAttention.prune_heads`` does; refused with separate projections."""
         if self.separate:
             raise ConfigError(
                 "heads to prune",

@@ -28,7 +28,7 @@ class KVCache(ABC):
     .. math:: \text{bytes} = 2 \cdot b \cdot s \cdot h \cdot e \cdot \text{bytes per element}
 
     for each layer: linear in the tokens ``s`` kept. The new tokens' keys and values are
-    the last rows of what :meth:`update` returns, so causal attention aligns
+    the last rows of what ``update()`` returns, so causal attention aligns
     bottom-right. Nothing is rounded unless the kind says so.
 
     Shape:
@@ -265,7 +265,7 @@ class SinkCache(KVCache):
     window and the later ones up to ``t - 1`` tokens more.
 
     Positions are the model's affair: a key keeps whatever position it was computed with.  For an endless
-    text, store keys before their rotation and count positions inside what :meth:`update` returns,
+    text, store keys before their rotation and count positions inside what ``update()`` returns,
     0 to ``s - 1``, as the paper does.
 
     Args:

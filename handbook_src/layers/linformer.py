@@ -117,7 +117,7 @@ class LinformerAttention(MultiHeadAttention):
         return linformer_weights(q, k, self.key_projection, mask)
 
     def prune_heads(self, heads: Iterable[int]) -> None:
-        """Remove heads as :meth:`MultiHeadAttention.prune_heads` does, with their E and F."""
+        """Remove heads, with their E and F, as ``MultiHeadAttention.prune_heads`` does."""
         before = self.kept_heads
         super().prune_heads(heads)
         if self.share == "none" and self.value_projection is not None:

@@ -96,7 +96,7 @@ class PagedCache(KVCache):
 
     A text wastes at most ``page_size - 1`` tokens, pages need not lie side by side, and
     :meth:`fork` shares a prompt's pages between continuations until one of them writes.  A cache that is
-    dropped gives its pages back, as :meth:`reset` does.
+    dropped gives its pages back, as ``reset()`` does.
 
     Args:
         pool: where pages come from and go back to.
