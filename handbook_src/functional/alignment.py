@@ -22,6 +22,7 @@ from handbook_src.functional.attention import (
     without_nan,
 )
 from handbook_src.functional.mask import Mask
+from handbook_src.functional.norm import at_least_float32
 
 LuongScore = Literal["dot", "general", "concat"]
 
@@ -121,11 +122,14 @@ def multiplicative_attention(
     _check_luong(query, key, score, weight, vector)
     if score == "concat" and weight is not None and vector is not None:
         of_query, of_key = weight.split([query.shape[-1], key.shape[-1]], dim=1)
-        query, key = _wide(query) @ _wide(of_query).T, _wide(key) @ _wide(of_key).T
-        return additive_attention(query, key, value, _wide(vector), mask, dropout=dropout)
+        query, key = (
+            at_least_float32(query) @ at_least_float32(of_query).T,
+            at_least_float32(key) @ at_least_float32(of_key).T,
+        )
+        return additive_attention(query, key, value, at_least_float32(vector), mask, dropout=dropout)
     (query, key, value), bad = without_nan(query, key, value)
-    query = _wide(query) if weight is None else _wide(query) @ _wide(weight)
-    scores = query @ _wide(key).mT
+    query = at_least_float32(query) if weight is None else at_least_float32(query) @ at_least_float32(weight)
+    scores = query @ at_least_float32(key).mT
     return _contexts(scores, value, mask, bad, dropout)
 
 
@@ -142,11 +146,6 @@ def _contexts(
     weights = F.dropout(weights, dropout) if dropout else weights
     broken = broken_rows(bad[0][..., None], (bad[1] | bad[2])[..., None], mask)[:, 0]
     return (weights @ value).masked_fill(broken, math.nan), weights.masked_fill(broken, math.nan)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Float32 at least: a product of finite halves may be infinite."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, vector: Tensor | None) -> None:

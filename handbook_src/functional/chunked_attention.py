@@ -13,6 +13,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ShapeError
 from handbook_src.functional.attention import check_qkv, scaled_dot_product_attention
+from handbook_src.functional.block_sparse import finite
 from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask, block, padding
 from handbook_src.functional.mask import causal as causal_rule
@@ -148,6 +149,6 @@ def shielded(op: str, backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> Lite
     chosen = resolve(op, backend, {"torch": None, "reference": None})
     if chosen == "reference":
         return "reference"
-    if torch.compiler.is_compiling() or q.is_meta or all(bool(x.isfinite().all()) for x in (q, k, v)):
+    if torch.compiler.is_compiling() or q.is_meta or finite(q, k, v):
         return "torch"
     return "reference"

@@ -20,6 +20,7 @@ from handbook_src.functional.attention import check_mask, refuse
 from handbook_src.functional.check import check_floating, check_one_device, check_one_dtype, check_size
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
+from handbook_src.functional.norm import at_least_float32
 
 Form = Literal["auto", "parallel", "chunked", "recurrent"]
 FORMS = ("auto", "parallel", "chunked", "recurrent")
@@ -349,10 +350,6 @@ def feature_function(feature_map: FeatureMap) -> Callable[[Tensor], Tensor]:
         want = f"one of {list(named)}, or a function"
         raise ConfigError("feature map", got=repr(feature_map), want=want, remedy="Use 'elu', the paper's.")
     return named[feature_map]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def exactly(x: Tensor) -> torch.autocast:

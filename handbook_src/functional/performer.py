@@ -21,7 +21,6 @@ from handbook_src.functional.check import (
 )
 from handbook_src.functional.linear_attention import (
     Form,
-    at_least_float32,
     check_qkv,
     exactly,
     kernel_attention,
@@ -29,6 +28,7 @@ from handbook_src.functional.linear_attention import (
     shielded,
 )
 from handbook_src.functional.mask import Mask
+from handbook_src.functional.norm import at_least_float32
 
 Kind = Literal["positive", "hyperbolic", "trigonometric", "relu"]
 KINDS = ("positive", "hyperbolic", "trigonometric", "relu")
