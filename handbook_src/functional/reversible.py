@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_floating, check_one_device
 
-#: a branch: a tensor to a tensor of the same shape
+# a branch: a tensor to a tensor of the same shape
 Branch = Callable[[Tensor], Tensor]
-#: the two branches F and G of a block, and the weights that they use
+# the two branches F and G of a block, and the weights that they use
 Block = tuple[Branch, Branch, Sequence[Tensor]]
-#: states of the random numbers before and after a branch
+# states of the random numbers before and after a branch
 Noise = tuple[list[Tensor], list[Tensor]]
 
 
