@@ -125,10 +125,15 @@ def check_pattern(op: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | No
         want = "t <= s, the queries being the last positions"
         raise ShapeError(f"{op} lengths", got=f"t={t} queries for s={s} keys", want=want, remedy="Pass all keys.")
     if lengths is not None:
-        padding(lengths)
-        if len(lengths) != len(q):
-            got = f"{len(lengths)} for a batch of {len(q)}"
-            raise ShapeError(f"{op} lengths", got=got, want="one a sample", remedy="Pass a tensor of shape (b,).")
+        check_lengths(op, lengths, q)
+
+
+def check_lengths(op: str, lengths: Tensor, x: Tensor) -> None:
+    """Refuse lengths that are not one integer for each sample of ``x``."""
+    padding(lengths)
+    if x.ndim and len(lengths) != len(x):
+        got = f"{len(lengths)} for a batch of {len(x)}"
+        raise ShapeError(f"{op} lengths", got=got, want="one a sample", remedy="Pass a tensor of shape (b,).")
 
 
 def shielded(op: str, backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> Literal["torch", "reference"]:

@@ -160,11 +160,16 @@ def _attend_absorbed(
     return torch.einsum("bthc,hwc->bthw", out, up_value)
 
 
-def _absorbed(form: Form, t: int, s: int, up_key: Tensor, up_value: Tensor, width: int) -> bool:
+def check_form(form: str) -> None:
+    """Refuse what names no form of :func:`latent_attention`."""
     if form not in ("auto", "decompressed", "absorbed"):
         raise ConfigError(
             "latent_attention form", got=repr(form), want="'auto', 'decompressed' or 'absorbed'", remedy="Leave it out."
         )
+
+
+def _absorbed(form: Form, t: int, s: int, up_key: Tensor, up_value: Tensor, width: int) -> bool:
+    check_form(form)
     h, e, c = up_key.shape
     cost = latent_attention_flops(t, s, h, e=e, r=width - e, c=c, w=up_value.shape[1])
     return form == "absorbed" or (form == "auto" and cost["absorbed"] < cost["decompressed"])

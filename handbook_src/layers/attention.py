@@ -27,7 +27,8 @@ from handbook_src.functional.check import (
     check_probability,
     check_size,
 )
-from handbook_src.functional.mask import Mask, causal, full
+from handbook_src.functional.mask import Mask, full
+from handbook_src.functional.mask import causal as causal_rule
 
 
 @runtime_checkable
@@ -131,7 +132,7 @@ class MultiHeadAttention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to ``memory`` (or to ``x`` itself, and to what the cache holds)."""
-        q, k, v = self._project(x, memory, cache)
+        q, k, v = self._project(x, memory, cache, mask, causal)
         dropout = self.dropout if self.training else 0.0
         out = scaled_dot_product_attention(q, k, v, mask, causal=causal, dropout=dropout)
         return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
@@ -147,7 +148,15 @@ class MultiHeadAttention(nn.Module):
         q, k, _ = self._project(x, memory, None)
         return attention_weights(q, k, mask, causal=causal)
 
-    def _project(self, x: Tensor, memory: Tensor | None, cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        cache: KeyValueCache | None,
+        mask: MaskLike | None = None,
+        causal: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, those of the cache with them; a mask that won't fit is refused first."""
         if cache is not None and memory is not None:
             raise ConfigError(
                 "cache with memory",
@@ -174,6 +183,7 @@ class MultiHeadAttention(nn.Module):
         )
         q, k = self._turned(q, k, memory, cache)
         if cache is not None:
+            check_ahead(cache, q, mask, causal)
             k, v = cache.update(k, v)
         return q, k, v
 
@@ -256,6 +266,27 @@ def check_input(op: str, x: Tensor, projection: nn.Module) -> None:
     weight = getattr(projection, "weight", x)  # none where an adapter stands in its place
     if weight.dtype != x.dtype and weight.is_floating_point() and not autocasting(x):
         check_one_dtype(op, weight, x)
+
+
+def check_ahead(cache: object, q: Tensor, mask: MaskLike | None, causal: bool) -> None:
+    """Refuse a mask that won't fit while the cache is still as it was: a refused call must not store its tokens.
+
+    Args:
+        cache: asked for ``after(t)``, how many keys it will give back; one of one's own may lack it.
+        q: the new queries, heads third.
+        mask: as for :func:`handbook_src.functional.attention.scaled_dot_product_attention`.
+        causal: as there.
+
+    Raises:
+        ShapeError: the mask is of the wrong shape or dtype.
+        ConfigError: it is neither rule nor tensor.
+    """
+    after = getattr(cache, "after", None)
+    if after is None:
+        return
+    b, t, h, _ = q.shape
+    for rule in (mask, causal_rule if causal else None):
+        check_mask(rule, b, h, t, after(t))
 
 
 def _part(old: Tensor, index: Tensor, dim: int) -> nn.Parameter:
@@ -385,7 +416,7 @@ class CausalAttention(SelfAttention):
     """
 
     def __init__(self, dim: int, heads: int = 1, *, dropout: float = 0.0, bias: bool = True) -> None:
-        super().__init__(dim, heads, rule=causal, dropout=dropout, bias=bias)
+        super().__init__(dim, heads, rule=causal_rule, dropout=dropout, bias=bias)
 
 
 @final

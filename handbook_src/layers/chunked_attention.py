@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from handbook_src.functional.check import check_size
-from handbook_src.functional.chunked_attention import chunk_rule, chunked_attention
+from handbook_src.functional.chunked_attention import check_lengths, chunk_rule, chunked_attention
 from handbook_src.functional.mask import Mask
-from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention
+from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention, check_input
 
 
 class PatternAttention(SelfAttention, ABC):
@@ -41,6 +41,9 @@ class PatternAttention(SelfAttention, ABC):
         """One call of the function."""
 
     def _patterned(self, x: Tensor, lengths: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        if lengths is not None:
+            check_input(type(self).__name__, x, self.q_proj)
+            check_lengths(type(self).__name__, lengths, x)
         q, k, v = self._project(x, None, cache)
         out = self._attend(q, k, v, lengths, self.dropout if self.training else 0.0)
         return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))

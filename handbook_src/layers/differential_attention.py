@@ -18,7 +18,7 @@ from handbook_src.functional.differential_attention import (
     differential_lambda_init,
 )
 from handbook_src.functional.rope import apply_rope
-from handbook_src.layers.attention import check_input
+from handbook_src.layers.attention import check_ahead, check_input
 from handbook_src.layers.kv_cache import KVCache
 from handbook_src.layers.norm import RMSNorm
 from handbook_src.layers.rope import RotaryEmbedding
@@ -128,7 +128,7 @@ class DifferentialAttention(nn.Module):
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to ``x``, and to what the cache holds."""
-        q, k, v = self._project(x, cache)
+        q, k, v = self._project(x, cache, mask, causal)
         out = differential_attention(q, k, v, self.lam(), mask, causal=causal)
         out = (1 - self.lambda_init) * self.norm(out)
         return self.out_proj(rearrange(out.to(q.dtype), "b t h c -> b t (h c)"))
@@ -143,7 +143,9 @@ class DifferentialAttention(nn.Module):
         first, second = (attention_weights(q[:, :, i::2], k[:, :, i::2], mask, causal=causal) for i in (0, 1))
         return (first - self.lam() * second).to(x.dtype)
 
-    def _project(self, x: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, x: Tensor, cache: KVCache | None, mask: MaskLike | None = None, causal: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         check_input("DifferentialAttention", x, self.q_proj)
         check_rank("DifferentialAttention", x, (3,), "(batch, time, features)")
         check_features("DifferentialAttention", x, self.dim)
@@ -159,6 +161,7 @@ class DifferentialAttention(nn.Module):
             cos, sin = self.rope.cos_sin(x.shape[1], 0 if cache is None else cache.seen)
             q, k = (apply_rope(y, cos, sin, interleaved=self.rope.interleaved) for y in (q, k))
         if cache is not None:  # a value waits there as two halves: caches want keys and values of one shape
+            check_ahead(cache, q[:, :, ::2], mask, causal)
             k, v = cache.update(k, v)
         return q, k, rearrange(v, "b s (g two) e -> b s g (two e)", two=2)
 

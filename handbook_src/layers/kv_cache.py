@@ -60,6 +60,10 @@ class KVCache(ABC):
         self.seen += k.shape[1]
         return kv
 
+    def after(self, t: int) -> int:
+        """How many keys an update of ``t`` tokens gives back, which a mask must fit."""
+        return self.length + t
+
     def reset(self) -> None:
         """Forget every token; the next update may bring another batch."""
         self.seen = 0
@@ -299,6 +303,9 @@ class SinkCache(KVCache):
         k, v = self._evict(k, last), self._evict(v, last)
         self._kv = (self._evict(k, self.window), self._evict(v, self.window))
         return k, v
+
+    def after(self, t: int) -> int:
+        return min(self.length + t, self.sinks + self.window + max(t, 1) - 1)
 
     def _evict(self, x: Tensor, last: int) -> Tensor:
         if x.shape[1] <= self.sinks + last:

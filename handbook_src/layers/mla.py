@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import MaskLike
 from handbook_src.functional.check import check_features, check_parameter_dtype, check_rank, check_size
-from handbook_src.functional.mla import Form, latent_attention
+from handbook_src.functional.mla import Form, check_form, latent_attention
 from handbook_src.functional.rope import apply_rope
-from handbook_src.layers.attention import check_input
+from handbook_src.layers.attention import check_ahead, check_input
 from handbook_src.layers.kv_cache import KVCache, held_bytes
 from handbook_src.layers.norm import RMSNorm
 from handbook_src.layers.rope import RotaryEmbedding
@@ -56,6 +56,10 @@ class LatentCache:
     def length(self) -> int:
         """How many tokens are kept."""
         return self.seen
+
+    def after(self, t: int) -> int:
+        """How many vectors an update of ``t`` tokens gives back, which a mask must fit."""
+        return self.seen + t
 
     @property
     def bytes(self) -> int:
@@ -223,6 +227,8 @@ class MultiHeadLatentAttention(nn.Module):
         check_features("MultiHeadLatentAttention", x, self.dim)
         q, kv = self._queries_and_latents(x, 0 if cache is None else self._seen(cache))
         if cache is not None:
+            check_form(form)
+            check_ahead(cache, q, mask, causal)
             kv = self._through(cache, kv)
         up = rearrange(self.kv_b_proj.weight.to(q.dtype), "(h f) c -> h f c", h=self.heads)  # as autocast has it
         up_key, up_value = up.split((self.head_dim, self.value_dim), 1)

@@ -85,12 +85,13 @@ class SlidingWindowAttention(SelfAttention):
         """Attend within the window, and under ``mask`` where given: a rule keeps the work linear, a tensor is dense."""
         if mask is not None and not isinstance(mask, Mask):
             return super().forward(x, mask, cache)
-        q, k, v = self._project(x, None, cache)
+        rule = None if mask is None else self.rule & mask
+        q, k, v = self._project(x, None, cache, rule)
         dropout = self.dropout if self.training else 0.0
-        if mask is None:
+        if rule is None:
             out = sliding_window_attention(q, k, v, self.window, causal=self.causal, dropout=dropout)
         else:
-            out = block_sparse_attention(q, k, v, self.rule & mask, dropout=dropout)
+            out = block_sparse_attention(q, k, v, rule, dropout=dropout)
         return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
 
     def extra_repr(self) -> str:

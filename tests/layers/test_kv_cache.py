@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ConfigError, HandbookError, ShapeError
 from handbook_src.functional.attention import scaled_dot_product_attention
 from handbook_src.functional.mask import causal, sinks, window
-from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.attention import CausalAttention, MultiHeadAttention
+from handbook_src.layers.chunked_attention import ChunkedAttention
+from handbook_src.layers.differential_attention import DifferentialAttention
+from handbook_src.layers.grouped_query import GroupedQueryAttention
 from handbook_src.layers.kv_cache import AppendCache, KVCache, QuantizedCache, SinkCache, StaticCache
+from handbook_src.layers.mla import LatentCache, MultiHeadLatentAttention
 from handbook_src.layers.paged_kv_cache import PagedCache, PagePool
+from handbook_src.layers.rope import RotaryEmbedding
+from handbook_src.layers.sliding_window import SlidingWindowAttention
 from handbook_src.testing import refuses, unchecked
 
 EXACT: dict[str, Callable[[], KVCache]] = {
@@ -31,6 +37,16 @@ ALL = EXACT | {
     "fp8": lambda: QuantizedCache(torch.float8_e4m3fn),
     "streaming": lambda: SinkCache(2, 3),
 }
+
+LAYERS: list[Callable[[], torch.nn.Module]] = [
+    lambda: MultiHeadAttention(8, 2),
+    lambda: CausalAttention(8, 2),
+    lambda: GroupedQueryAttention(8, 2, kv_heads=1, rope=RotaryEmbedding(4)),
+    lambda: SlidingWindowAttention(8, 2, window=3, causal=True),
+    lambda: ChunkedAttention(8, 2, chunk=3, causal=True),
+    lambda: DifferentialAttention(8, 2),
+    lambda: MultiHeadLatentAttention(8, 2, latent_dim=4, head_dim=4, rope=2),
+]
 
 
 def kv(
@@ -338,6 +354,51 @@ def test_a_refused_update_binds_nothing() -> None:
             cache.update(torch.zeros(3, 9, 1, 2), torch.zeros(3, 9, 1, 2))
         k, _ = cache.update(torch.ones(1, 2, 1, 2), torch.ones(1, 2, 1, 2))
         assert (k.shape, cache.seen) == ((1, 2, 1, 2), 2)
+
+
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("chunks", [[13], [1] * 13, [5, 0, 1, 7], [2, 3, 8]])
+def test_a_cache_knows_how_much_an_update_will_give_back(kind: str, chunks: list[int]) -> None:
+    cache = ALL[kind]()
+    for t in chunks:
+        expected = cache.after(t)
+        k, v = cache.update(*kv(t=t))
+        assert k.shape[1] == v.shape[1] == expected
+
+
+@pytest.mark.refusal("kv-cache")
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("make", LAYERS)
+@torch.no_grad()
+def test_a_refused_mask_stores_nothing(kind: str, make: Callable[..., torch.nn.Module]) -> None:
+    layer, x = make().double(), torch.randn(2, 6, 8).double()
+    cache, other = ALL[kind](), ALL[kind]()
+    layer(x[:, :4], cache=cache), layer(x[:, :4], cache=other)
+    wrong: dict[str, object] = {"mask": torch.ones(2, 7) > 0}
+    if isinstance(layer, ChunkedAttention):
+        wrong = {"lengths": torch.tensor([4, 5, 6])}
+    for bad in (wrong, dict.fromkeys(wrong, "causal")):
+        with refuses(HandbookError):
+            layer(x[:, 4:], cache=cache, **bad)
+    assert (cache.seen, cache.length) == (other.seen, other.length)
+    torch.testing.assert_close(layer(x[:, 4:], cache=cache), layer(x[:, 4:], cache=other), rtol=0, atol=0)
+
+
+@pytest.mark.refusal("mla")
+@torch.no_grad()
+def test_a_refused_call_leaves_a_latent_cache_as_it_was() -> None:
+    layer, x, cache = (
+        MultiHeadLatentAttention(8, 2, latent_dim=4, head_dim=4, rope=2),
+        torch.randn(2, 6, 8),
+        LatentCache(),
+    )
+    layer(x[:, :4], cache=cache)
+    for bad in ({"mask": torch.ones(2, 7) > 0}, {"form": "neither"}):
+        with refuses(HandbookError):
+            layer(x[:, 4:], cache=cache, **bad)
+    assert cache.seen == cache.length == 4
+    torch.testing.assert_close(layer(x[:, 4:], causal=True, cache=cache), layer(x, causal=True)[:, 4:])
 
 
 @pytest.mark.law("kv-cache")
