@@ -19,6 +19,7 @@ from handbook_src.testing.workshop import Workshop
 
 WORKSHOP = Path(__file__).resolve().parents[2] / "kernels"
 KERNELS = ("norm", "glu", "cross_entropy", "rope")
+CPU = ("torch", "compile")  # who competes in attention's bench there
 REPORTS = (*KERNELS, "flash_attention")  # attention's bench has its own peers and its own loop
 
 
@@ -118,6 +119,102 @@ def test_without_a_gpu_attentions_bench_says_so(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py"])
     bench.main()
     assert capsys.readouterr().out == "not measured: no GPU\n"
+
+
+@pytest.fixture
+def attention(monkeypatch):
+    """Attention's bench, and nothing is compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return script("flash_attention/bench.py")
+
+
+@pytest.fixture
+def gpu_peers(attention, monkeypatch):
+    """Everyone who competes on a GPU, on a CPU: the kernel is interpreted, cuDNN and FlexAttention do not train."""
+    monkeypatch.setattr(attention, "everyone", attention.gpu_contestants)
+    return attention
+
+
+def attention_problems(bench: ModuleType) -> list:
+    """One problem of each kind, at test size."""
+    first = {p.kind: p for p in bench.problems("cuda")}
+    small = {"samples": 1, "times": 20, "heads": 2, "features": 16, "dtype": torch.float32}
+    return [dataclasses.replace(p, **small) for p in first.values()]
+
+
+def test_every_contestant_in_attention_computes_the_same(gpu_peers, monkeypatch, capsys):
+    contestants, seen = gpu_peers.contestants, []
+
+    def noted(p, device):
+        seen.append((p.kind, *(found := contestants(p, device))))
+        return found
+
+    monkeypatch.setattr(gpu_peers, "contestants", noted)
+    for p in attention_problems(gpu_peers):
+        gpu_peers.assert_right(p, "cpu")
+    fused = [(kind, "ours", "sdpa flash", "compile") for kind in ("full", "causal")]
+    assert seen == [*fused, ("window", "ours", "compile"), ("alibi", "ours", "compile")]
+    said = capsys.readouterr().out
+    assert said.count("sdpa cudnn left out") == 2
+    assert said.count("flex left out") == 4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flexattention_is_set_the_same_problem(attention):
+    for p in attention_problems(attention):
+        x = [y.detach() for y in p.leaves("cpu")]
+        want = attention.flash_attention(*x, **p.options("cpu"), backend="reference")
+        torch.testing.assert_close(attention.flex(p, "cpu")(*x), want)
+
+
+def test_attention_that_is_wrong_or_does_not_run_is_not_timed(gpu_peers, monkeypatch):
+    p = attention_problems(gpu_peers)[1]
+    right = gpu_peers.everyone(p, "cpu")["compile"]
+    monkeypatch.setattr(gpu_peers, "bench", lambda *a, **k: pytest.fail("was timed"))
+    monkeypatch.setattr(gpu_peers, "everyone", lambda *_: {"compile": lambda *x: 1.001 * right(*x)})
+    with pytest.raises(AssertionError, match="parity is red: compile"):
+        next(gpu_peers.measure(p, "cpu", 5))
+
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu_peers, "everyone", lambda *_: {"ours": broken})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gpu_peers.contestants(p, "cpu")
+
+
+def test_attentions_bench_runs_on_a_cpu(attention, monkeypatch, capsys, tmp_path):
+    """From its arguments to its CSV; a graph is walked again for each reading of the backward."""
+    monkeypatch.setattr(attention, "problems", lambda device: attention_problems(script("flash_attention/bench.py")))
+    command = ["bench.py", "--device", "cpu", "--rounds", "5", "--csv", str(tmp_path / "cpu.csv")]
+    for only in ("window|alibi|decode", "full"):
+        monkeypatch.setattr(sys, "argv", [*command, "--only", only])
+        attention.main()
+    with (tmp_path / "cpu.csv").open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["op"] != "ceiling"]
+    want = [(f"attention {k} {w}", b) for k in ("window", "alibi") for w in ("forward", "backward") for b in CPU]
+    want += [("decode", "reference"), ("decode", "sdpa")]
+    want += [(f"attention full {w}", b) for w in ("forward", "backward") for b in CPU]
+    assert [(r["op"], r["backend"]) for r in rows] == want
+    assert "TFLOP/s" in capsys.readouterr().out
+
+
+def test_attentions_targets_are_told(attention, capsys):
+    p = next(p for p in attention.problems("cuda") if (p.kind, p.features) == ("causal", 128))
+    attention.told("forward", p, {"ours": 1.0, "sdpa cudnn": 0.9, "sdpa flash": 2.0})
+    attention.told("backward", p, {"ours": 1.0, "sdpa flash": 1.5})
+    attention.told("backward", p, {"sdpa flash": 1.5})
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(", ")[-1] for line in said] == ["met", "MISSED", "met"]
+    assert "0.90" in said[0]
+
+
+def test_attentions_work_is_the_pairs_that_are_seen(attention):
+    for p in attention_problems(attention):
+        p = dataclasses.replace(p, times=512)
+        rule = {"causal": attention.causal, "window": attention.causal & attention.window(p.window)}.get(p.kind)
+        seen = 512**2 if rule is None else int(rule.dense(512, 512).sum())
+        assert p.flops == pytest.approx(4 * p.samples * p.heads * p.features * seen, rel=0.01)
 
 
 @pytest.mark.parametrize("kernel", REPORTS)
