@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.attention import check_numbers, check_qkv
-from handbook_src.functional.check import check_floating, check_size
+from handbook_src.functional.attention import broken_rows, check_numbers, check_qkv, without_nan
+from handbook_src.functional.block_sparse import finite
+from handbook_src.functional.check import check_size
+from handbook_src.functional.mask import causal as causal_rule
 
 
 @dataclass
@@ -92,6 +94,8 @@ class Tiles:
             after Dao et al. 2022, algorithm 1, line 1, arXiv:2205.14135, whose outer loop goes over the keys, so
             that :math:`B_c` is the large one there
         """
+        check_size("Tiles.fitting", "memory", memory)
+        check_size("Tiles.fitting", "features", features)
         half = 2 * features + 1
         size = math.isqrt(half * half + memory) - half  # a square one: 4 B e + B**2 + 2 B
         if size < 1:
@@ -127,6 +131,8 @@ def tiled_attention(
     that no query of the tile may see is not fetched.
 
     Half precision is widened to float32 when a tile is fetched, and rounded once at the end.
+    A NaN or infinite key or value reaches no query that it is hidden from, forward or backward: where one is
+    found, the queries that see it are marked after the loop.
 
     Args:
         q: queries.
@@ -139,21 +145,14 @@ def tiled_attention(
 
     Raises:
         ShapeError: shapes that don't fit, fewer key heads than query heads, more queries than keys under ``causal``.
-        ConfigError: ``scale`` is not positive.
+        ConfigError: ``scale`` is not positive, ``tiles`` or ``memory`` are something else.
 
     Source:
         Dao 2023, algorithms 1 and 2, arXiv:2307.08691; Dao et al. 2022, arXiv:2205.14135
     """
-    check_qkv(q, k, v)
-    check_numbers(scale, 0.0)
-    check_floating("tiled_attention", q, k, v)
-    if q.shape[2] != k.shape[2] or v.shape[3] != q.shape[3]:
-        raise ShapeError(
-            "tiled_attention heads",
-            got=f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
-            want="as many key heads as query heads, and values as wide as keys",
-            remedy="flash_attention shares key heads.",
-        )
+    _check("tiled_attention", q, k, v, scale, memory)
+    if not isinstance(tiles, Tiles):
+        raise ConfigError("tiled_attention tiles", got=repr(tiles), want="Tiles", remedy="Pass Tiles(64, 64).")
     if causal and q.shape[1] > k.shape[1]:
         raise ShapeError(
             "queries under causal",
@@ -162,10 +161,30 @@ def tiled_attention(
             remedy="Drop causal= for cross-attention.",
         )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    broken = None
+    if not (q.is_meta or torch.compiler.is_compiling() or finite(q, k, v)):
+        (q, k, v), (bad_q, bad_k, bad_v) = without_nan(q, k, v)
+        seen = causal_rule.sdpa(q.shape[1], k.shape[1], device=q.device) if causal else None
+        broken = broken_rows(bad_q, bad_k | bad_v, seen).transpose(1, 2)
     out: Tensor = _Tiled.apply(
         *(x.transpose(1, 2) for x in (q, k, v)), scale, causal, tiles, SlowMemory() if memory is None else memory
     )
-    return out.transpose(1, 2)
+    out = out.transpose(1, 2)
+    return out if broken is None else out.masked_fill(broken, math.nan)
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, memory: SlowMemory | None) -> None:
+    check_qkv(q, k, v)
+    check_numbers(scale, 0.0)
+    if q.shape[2] != k.shape[2] or v.shape[3] != q.shape[3]:
+        raise ShapeError(
+            f"{op} heads",
+            got=f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
+            want="as many key heads as query heads, and values as wide as keys",
+            remedy="flash_attention shares key heads.",
+        )
+    if memory is not None and not isinstance(memory, SlowMemory):
+        raise ConfigError(f"{op} memory", got=repr(memory), want="a SlowMemory", remedy="Pass SlowMemory().")
 
 
 class _Tiled(torch.autograd.Function):
@@ -272,14 +291,13 @@ def standard_attention(
         memory: counts the traffic.
 
     Raises:
-        ShapeError: shapes that don't fit.
-        ConfigError: ``scale`` is not positive.
+        ShapeError: shapes that don't fit, fewer key heads than query heads.
+        ConfigError: ``scale`` is not positive, ``memory`` is something else.
 
     Source:
         Dao et al. 2022, algorithm 0, arXiv:2205.14135
     """
-    check_qkv(q, k, v)
-    check_numbers(scale, 0.0)
+    _check("standard_attention", q, k, v, scale, memory)
     memory = SlowMemory() if memory is None else memory
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -117,6 +117,24 @@ def test_of_nothing_it_makes_nothing(b: int, t: int, s: int) -> None:
 
 
 @pytest.mark.law("flash-attention")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_what_is_not_finite_reaches_only_those_who_see_it(bad: float, where: int, causal: bool) -> None:
+    xs = inputs(9, 9, 4, b=2)
+    xs[where][0, 5] = bad  # in the middle of a tile
+    xs = [x.requires_grad_() for x in xs]
+    out = tiled_attention(*xs, causal=causal, tiles=Tiles(4, 4))
+    want = scaled_dot_product_attention(*xs, causal=causal, backend="reference")
+    torch.testing.assert_close(out, want, equal_nan=True)
+    good = want.detach().isfinite()
+    got = torch.autograd.grad(out[good].sum(), xs)
+    for x, y in zip(got, torch.autograd.grad(want[good].sum(), xs), strict=True):
+        assert y.isfinite().all()
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.law("flash-attention")
 @pytest.mark.parametrize(("features", "memory"), [(1, 7), (8, 500), (64, 2**13), (64, 2**16)])
 def test_the_largest_tile_fits_and_the_next_does_not(features: int, memory: int) -> None:
     def needs(rows: int) -> int:
@@ -143,3 +161,13 @@ def test_what_it_refuses() -> None:
         Tiles(0, 4)
     with refuses(ConfigError, "6", "7"):
         Tiles.fitting(6, 1)
+    with refuses(ConfigError, "2.5"):
+        Tiles.fitting(100, 2.5)  # type: ignore[arg-type]
+    with refuses(ConfigError, "64"):
+        tiled_attention(q, k, v, tiles=64)  # type: ignore[arg-type]
+    for call in (tiled_attention, standard_attention):
+        with refuses(ConfigError, "'counter'"):
+            call(q, k, v, memory="counter")  # type: ignore[arg-type]
+    for fewer, wider in ((1, 2), (2, 3)):
+        with refuses(ShapeError, "standard_attention", "flash_attention"):
+            standard_attention(q, *(torch.randn(2, 6, fewer, n, dtype=q.dtype) for n in (2, wider)))
