@@ -180,6 +180,12 @@ class Reformer(nn.Module):
         self.stack = ReversibleStack(blocks)
         self.norm = LayerNorm(dim, device=device, dtype=dtype)
 
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        for part in self.modules():
+            if isinstance(part, LSHAttention | MLP | LayerNorm):
+                part.reset_parameters()
+
     def forward(self, x: Float[Tensor, "b t d"], mask: Mask | None = None) -> Float[Tensor, "b t d"]:
         """Run the stack; ``mask`` is a rule for every attention."""
         check_rank("Reformer", x, (3,), "(b, t, dim)")

@@ -178,3 +178,19 @@ def test_refusals() -> None:
             layer(torch.randn(1, 3, 8), torch.ones(3, 3, dtype=torch.bool))
         with refuses(ShapeError, "dtype"):
             layer(torch.ones(1, 3, 8, dtype=torch.int64))
+
+
+@pytest.mark.registration(REFORMER)
+def test_weights_are_drawn_anew() -> None:
+    model = Reformer(8, 2, 2, chunk=4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    torch.manual_seed(0)
+    model.reset_parameters()
+    torch.manual_seed(0)
+    fresh = Reformer(8, 2, 2, chunk=4)
+    for (name, got), want in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert got.shape == want.shape
+        assert not (got == 7.0).any(), name
+        assert torch.equal(got == 0, want == 0), name  # biases and gains are what they were
