@@ -24,7 +24,7 @@ from handbook_src.functional.attention import (
     scaled_dot_product_attention,
     without_nan,
 )
-from handbook_src.functional.check import check_floating, check_one_dtype, check_positive, check_size
+from handbook_src.functional.check import check_floating, check_one_dtype, check_positive, check_size, known_finite
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.mask import causal as causal_rule
 from handbook_src.functional.mask import window as window_rule
@@ -243,7 +243,7 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, o: Options, wants_lse: bool) -
     """The formula as it stands, in float32 at least; a row of scores is never empty, for a query sees itself."""
     wide, t, s, rule = torch.promote_types(q.dtype, torch.float32), q.shape[1], k.shape[1], _rule(o)
     broken, mask = None, None if rule is None else rule.dense(t, s, device=q.device)
-    if not _all_finite(q, k, v):
+    if not known_finite(q, k, v):
         (q, k, v), (bad_q, bad_k, bad_v) = without_nan(q, k, v)
         broken = broken_rows(bad_q, bad_k | bad_v, None if mask is None else mask[None, None])
     r, dtype = q.shape[2] // k.shape[2], q.dtype
@@ -274,13 +274,6 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, o: Options, wants_lse: bool) -
     return out, None if lse is None else lse.transpose(1, 2)
 
 
-def _all_finite(*tensors: Tensor) -> bool:
-    """Whether it is known that nothing is NaN or infinite: looked at where looking waits for nobody."""
-    if torch.compiler.is_compiling() or any(x.device.type != "cpu" for x in tensors):
-        return False
-    return math.isfinite(sum(float(x.detach().sum(dtype=torch.float32)) for x in tensors))
-
-
 def _candidates(
     q: Tensor, k: Tensor, v: Tensor, o: Options, deterministic: bool, lse: bool, backend: Backend, packed: bool = False
 ) -> dict[Resolved, str | None]:
@@ -295,7 +288,7 @@ def _candidates(
     elif deterministic and q.is_cuda and not torch.are_deterministic_algorithms_enabled():
         theirs = "torch.use_deterministic_algorithms(True) beside deterministic=True"
     elif backend == "auto" and q.device.type == "cpu" and _rule(o) is not None and not torch.compiler.is_compiling():
-        theirs = None if _all_finite(k, v) else "finite keys and values: torch lets NaN through a mask"
+        theirs = None if known_finite(k, v) else "finite keys and values: torch lets NaN through a mask"
     # Under the interpreter the kernels run on a CPU, for tests; nobody gets them there without asking.
     if backend == "triton" or (backend == "auto" and q.is_cuda):
         ours = _missing(q, k, v, o)

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, KernelUnavailable, ShapeError
 from handbook_src.functional.attention import masked_softmax
-from handbook_src.functional.check import check_floating, check_one_device, check_one_dtype, check_positive, check_size
+from handbook_src.functional.check import (
+    check_floating,
+    check_one_device,
+    check_one_dtype,
+    check_positive,
+    check_size,
+    known_finite,
+)
+from handbook_src.functional.norm import at_least_float32
 
 
 def faiss_library(op: str) -> Any:
@@ -88,13 +96,7 @@ def nearest_keys(
         Wu et al. 2022, section 3.1, arXiv:2203.08913; faiss is Johnson et al. 2017, arXiv:1702.08734
     """
     _check_memory("nearest_keys", q, keys, keys, k)
-    seen = filled(keys, lengths)
-    with torch.no_grad():
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q, keys = q.detach().to(wide), keys.detach().to(wide)
-        seen = seen[:, :, None] & keys.isfinite().all(-1)
-        keys = keys.masked_fill(~seen[..., None], 0.0)
-        return _exact(q, keys, seen, k) if index is None else _by_faiss(q, keys, seen, k, index)
+    return _search(q, keys, k, lengths, index)[0]
 
 
 def knn_attention(
@@ -135,8 +137,8 @@ def knn_attention(
     """
     _check_memory("knn_attention", q, keys, values, k)
     scale = _check_scale(scale, q)
-    found = nearest_keys(q, keys, min(k, max(1, keys.shape[1])), lengths=lengths, index=index)
-    return _attend(q, keys, values, found, scale)
+    found, best = _search(q, keys, min(k, max(1, keys.shape[1])), lengths, index)
+    return _attend(q, keys, values, found, scale, best)
 
 
 def attend_to_found(
@@ -175,13 +177,55 @@ def attend_to_found(
     return _attend(q, keys, values, found, _check_scale(scale, q))
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, found: Tensor, scale: float) -> Tensor:
-    there = found >= 0
-    near_k, near_v = (_rows(x.detach(), found, there) for x in (keys, values))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("bthe,bthke->bthk", q.to(wide), near_k.to(wide)) * scale
-    weights = masked_softmax(scores, there)
-    return torch.einsum("bthk,bthkc->bthc", weights, near_v.to(weights.dtype)).to(q.dtype)
+def _attend(q: Tensor, keys: Tensor, values: Tensor, found: Tensor, scale: float, best: Tensor | None = None) -> Tensor:
+    there, dtype, at = found >= 0, q.dtype, _places(found, keys)
+    q, keys, values = at_least_float32(q), keys.detach(), values.detach()
+    if keys.dtype == q.dtype and keys.numel() and known_finite(q, keys, values):  # rows are read where they lie
+        at, keys, values = at.flatten(0, 2), _table(keys), _table(values)
+        if q.requires_grad:  # but a memory may be written over before the gradient is asked for
+            at, keys, values = _kept(at, keys, values)
+        scores = _Products.apply(q.flatten(0, 2), at, keys, best if best is None else best.flatten(0, 2))
+        weights = masked_softmax(scores.view(found.shape) * scale, there).flatten(0, 2)
+        return _Mixture.apply(weights, at, values).view(*q.shape[:3], values.shape[-1])
+    near_k, near_v = (_rows(x, at, there).to(q.dtype) for x in (keys, values))
+    weights = masked_softmax(torch.einsum("bthe,bthke->bthk", q, near_k) * scale, there)
+    return torch.einsum("bthk,bthkc->bthc", weights, near_v).to(dtype)
+
+
+class _Mixture(torch.autograd.Function):
+    """Sums of rows by weights, ``n k`` of them, without a copy of the rows; the rows are constants."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weights: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+        return F.embedding_bag(at, rows, mode="sum", per_sample_weights=weights.contiguous())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Products.apply(grads[0], *ctx.saved_tensors, None), None, None
+
+
+class _Products(torch.autograd.Function):
+    """Inner products of vectors with rows: the transpose of the mixture, so each is the other's derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, at: Tensor, rows: Tensor, known: Tensor | None) -> Tensor:
+        return (F.embedding(at, rows) @ x[..., None])[..., 0] if known is None else known.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Mixture.apply(grads[0], *ctx.saved_tensors), None, None, None
 
 
 def memory_gate(
@@ -237,8 +281,7 @@ def normalize_heads(x: Float[Tensor, "b t h e"]) -> Float[Tensor, "b t h e"]:
         Henry et al. 2020, section 3, arXiv:2010.04245, as used by Wu et al. 2022, section 3.2, arXiv:2203.08913
     """
     check_floating("normalize_heads", x)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
+    return F.normalize(at_least_float32(x), dim=-1, eps=1e-12).to(x.dtype)
 
 
 def filled(keys: Float[Tensor, "b s h e"], lengths: Int[Tensor, " b"] | None) -> Bool[Tensor, "b s"]:
@@ -264,12 +307,38 @@ def filled(keys: Float[Tensor, "b s h e"], lengths: Int[Tensor, " b"] | None) ->
     return torch.arange(s, device=keys.device) < lengths.to(keys.device)[:, None]
 
 
-def _exact(q: Tensor, keys: Tensor, seen: Tensor, k: int) -> Tensor:
+@torch.no_grad()
+def _search(q: Tensor, keys: Tensor, k: int, lengths: Tensor | None, index: str | None) -> tuple[Tensor, Tensor | None]:
+    """The nearest keys, and their products with the queries where the search has computed them."""
+    stored, seen = filled(keys, lengths), None
+    q, keys = (at_least_float32(x.detach()) for x in (q, keys))
+    if lengths is not None or index is not None or not known_finite(keys):
+        seen = stored[:, :, None] & keys.isfinite().all(-1)
+        keys = keys.masked_fill(~seen[..., None], 0.0)
+    return _exact(q, keys, seen, k) if seen is None or index is None else (_by_faiss(q, keys, seen, k, index), None)
+
+
+def _exact(q: Tensor, keys: Tensor, seen: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("bthe,bshe->bths", q, keys)
-    scores = scores.masked_fill(~rearrange(seen, "b s h -> b 1 h s"), -math.inf)
-    best, found = scores.topk(min(k, keys.shape[1]), dim=-1)
+    if seen is not None:
+        scores = scores.masked_fill(~rearrange(seen, "b s h -> b 1 h s"), -math.inf)
+    best, found = _largest(scores, min(k, keys.shape[1]))
     found = found.masked_fill(best == -math.inf, -1)
-    return F.pad(found, (0, k - found.shape[-1]), value=-1)
+    missing = (0, k - found.shape[-1])
+    return F.pad(found, missing, value=-1), F.pad(best, missing)
+
+
+def _largest(x: Tensor, k: int, group: int = 8) -> tuple[Tensor, Tensor]:
+    """``topk`` on the last axis: the best ``k`` stand in the ``k`` groups with the largest members."""
+    s = x.shape[-1]
+    if s < 2 * group * k or x.device.type != "cpu" or torch.compiler.is_compiling():
+        best, found = x.topk(k)
+        return best, found
+    count = -(-s // group)
+    x = F.pad(x, (0, count * group - s), value=-math.inf).unflatten(-1, (group, count))
+    groups = x.amax(-2).topk(k, sorted=False).indices
+    best, at = x.gather(-1, groups[..., None, :].expand(*groups.shape[:-1], group, k)).flatten(-2).topk(k)
+    return best, at // k * count + groups.gather(-1, at % k)
 
 
 def _by_faiss(q: Tensor, keys: Tensor, seen: Tensor, k: int, factory: str) -> Tensor:
@@ -314,13 +383,30 @@ def visit_cells(op: str, index: Any, probes: int) -> None:
         faiss_library(op).ParameterSpace().set_index_parameter(index, "nprobe", probes)
 
 
-def _rows(x: Tensor, found: Tensor, there: Tensor) -> Tensor:
-    """Gather ``b t h k e`` from ``b s h e``; a missing neighbour is zero, whatever the memory holds."""
+def _places(found: Tensor, keys: Tensor) -> Tensor:
+    """Which row of :func:`_table` each neighbour is."""
+    b, s, h = keys.shape[:3]
+    memory = torch.arange(b * h, device=found.device).view(b, 1, h, 1)
+    return (memory // h * s + found.clamp_min(0)) * h + memory % h
+
+
+def _table(x: Tensor) -> Tensor:
+    """The rows of all samples and heads one below the other; a view where they lie so."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _kept(at: Tensor, *tables: Tensor) -> list[Tensor]:
+    """Copies of the tables, or of the rows that were found where those are fewer, and which rows of them."""
+    if len(tables[0]) <= at.numel():
+        return [at, *(x.clone() for x in tables)]
+    return [torch.arange(at.numel()).view(at.shape), *(x[at.flatten()] for x in tables)]
+
+
+def _rows(x: Tensor, at: Tensor, there: Tensor) -> Tensor:
+    """Gather ``b t h k e``; a missing neighbour is zero, whatever the memory holds."""
     if x.shape[1] == 0:
-        return x.new_zeros(*found.shape, x.shape[-1])
-    b = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
-    h = torch.arange(x.shape[2], device=x.device)[:, None]
-    return x[b, found.clamp_min(0), h].masked_fill(~there[..., None], 0.0)
+        return x.new_zeros(*at.shape, x.shape[-1])
+    return F.embedding(at, _table(x)).masked_fill(~there[..., None], 0.0)
 
 
 def _check_scale(scale: float | None, q: Tensor) -> float:

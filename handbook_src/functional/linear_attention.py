@@ -17,7 +17,13 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import check_mask, refuse
-from handbook_src.functional.check import check_floating, check_one_device, check_one_dtype, check_size
+from handbook_src.functional.check import (
+    check_floating,
+    check_one_device,
+    check_one_dtype,
+    check_size,
+    known_finite,
+)
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
 from handbook_src.functional.norm import at_least_float32
@@ -101,7 +107,7 @@ def linear_attention(
     if k.shape[:3] != v.shape[:3]:
         refuse("feature map", f"{tuple(k.shape)} for keys", f"{(*v.shape[:3], 'f')}", "Change the last axis alone.")
     out = kernel_attention(q, k, v, seen, causal=causal, normalize=normalize, form=form, chunk=chunk, state=state)
-    return out.masked_fill(broken, torch.nan).to(dtype)
+    return (out if broken is None else out.masked_fill(broken, torch.nan)).to(dtype)
 
 
 def linear_attention_state(
@@ -182,6 +188,7 @@ def kernel_attention(
     v: Float[Tensor, "b s g c"],
     seen: Bool[Tensor, "b s"] | None = None,
     *,
+    weight: Float[Tensor, "b s g"] | None = None,
     causal: bool = False,
     normalize: bool = True,
     form: Form = "auto",
@@ -190,7 +197,7 @@ def kernel_attention(
 ) -> Float[Tensor, "b t h c"]:
     r"""Attend with features that are given: the core of every linear attention.
 
-    .. math:: y_i = \frac{\sum_j (\phi(q_i)^\top \phi(k_j))\, v_j}{\sum_j \phi(q_i)^\top \phi(k_j)}
+    .. math:: y_i = \frac{\sum_j (\phi(q_i)^\top \phi(k_j))\, w_j v_j}{\sum_j (\phi(q_i)^\top \phi(k_j))\, w_j}
 
     The result has the dtype of ``v``.  See :func:`linear_attention`, which maps queries and keys to features first.
 
@@ -199,6 +206,7 @@ def kernel_attention(
         k: features of the keys.
         v: values.
         seen: which keys are there for anyone.
+        weight: factors :math:`w_j` that all features of a key share; 1 unless given.
         causal: as for :func:`linear_attention`.
         normalize: as for :func:`linear_attention`.
         form: as for :func:`linear_attention`.
@@ -221,17 +229,24 @@ def kernel_attention(
     with exactly(q):
         if state is not None:
             check_state(state, k, v)
+        sums = None if state is None else state.kv
+        v = v if weight is None else v * weight[..., None]
+        if normalize:  # the weights of the keys beside their values: what they sum up to is the denominator
+            v = F.pad(v, (0, 1), value=1.0) if weight is None else torch.cat([v, weight[..., None]], -1)
+            sums = None if state is None else torch.cat([state.kv, state.k[..., None]], -1)
         if causal and s > t and form != "parallel":  # what came before the first query is one sum
-            state, k, v = _state(k[:, : s - t], v[:, : s - t], state), k[:, s - t :], v[:, s - t :]
+            sums, k, v = _sum(k[:, : s - t], v[:, : s - t], sums), k[:, s - t :], v[:, s - t :]
         q = rearrange(q, "b t (g r) f -> b t g r f", g=k.shape[2])
         if form == "parallel":
-            out = _parallel(q, k, v, causal, normalize, state)
+            out = _parallel(q, k, v, causal, sums)
         elif form == "recurrent":
-            out = _recurrent(q, k, v, causal, normalize, state)
+            out = _recurrent(q, k, v, causal, sums)
         elif causal:
-            out = _chunked(q, k, v, normalize, min(chunk, max(t, 1)), state)
+            out = _chunked(q, k, v, min(chunk, max(t, 1)), sums)
         else:
-            out = _read(_state(k, v, state), q, normalize)
+            out = _read(_sum(k, v, sums), q)
+        if normalize:
+            out = _divided(out[..., :-1], out[..., -1:])
     return rearrange(out, "b t g r c -> b t (g r) c", g=k.shape[2], r=heads // k.shape[2]).to(dtype)
 
 
@@ -267,63 +282,65 @@ def kernel_step(
         if state is not None:
             check_state(state, k, v)
         state = _state(k, v, state)
-        out = _read(state, rearrange(q, "b t (g r) f -> b t g r f", g=k.shape[2]), normalize)
+        q = rearrange(q, "b t (g r) f -> b t g r f", g=k.shape[2])
+        out = _read(state.kv, q)
+        if normalize:
+            out = _divided(out, _read(state.k[..., None], q))
     return rearrange(out, "b 1 g r c -> b (g r) c").to(dtype), state
 
 
 def _state(k: Tensor, v: Tensor, before: LinearState | None = None) -> LinearState:
-    kv, z = torch.einsum("bsgf,bsgc->bgfc", k, v), k.sum(1)
+    kv, z = _sum(k, v), k.sum(1)
     return LinearState(kv, z) if before is None else LinearState(before.kv + kv, before.k + z)
 
 
-def _read(state: LinearState, q: Tensor, normalize: bool) -> Tensor:
-    out = torch.einsum("btgrf,bgfc->btgrc", q, state.kv)
-    return _divided(out, torch.einsum("btgrf,bgf->btgr", q, state.k)) if normalize else out
+def _sum(k: Tensor, v: Tensor, before: Tensor | None = None) -> Tensor:
+    """The sum of the outer products of features and values, ``b g f c``."""
+    kv = torch.einsum("bsgf,bsgc->bgfc", k, v)
+    return kv if before is None else before + kv
+
+
+def _read(sums: Tensor, q: Tensor) -> Tensor:
+    return torch.einsum("btgrf,bgfc->btgrc", q, sums)
 
 
 def _divided(out: Tensor, total: Tensor) -> Tensor:
     """Divide by the sum of the weights; a query all of whose weights are zero gets zeros."""
-    none = (total == 0)[..., None]
-    return (out / total[..., None].masked_fill(none, 1.0)).masked_fill(none, 0.0)
+    return out / total.masked_fill(total == 0, torch.inf)
 
 
-def _parallel(q: Tensor, k: Tensor, v: Tensor, causal: bool, normalize: bool, state: LinearState | None) -> Tensor:
+def _parallel(q: Tensor, k: Tensor, v: Tensor, causal: bool, sums: Tensor | None) -> Tensor:
     """All weights at once: quadratic, and the definition."""
     weights = torch.einsum("btgrf,bsgf->bgrts", q, k)
     if causal:
         weights = weights.masked_fill(~causal_rule.dense(q.shape[1], k.shape[1], device=q.device), 0.0)
-    out, total = torch.einsum("bgrts,bsgc->btgrc", weights, v), rearrange(weights.sum(-1), "b g r t -> b t g r")
-    if state is not None:
-        out, total = out + _read(state, q, False), total + torch.einsum("btgrf,bgf->btgr", q, state.k)
-    return _divided(out, total) if normalize else out
+    out = torch.einsum("bgrts,bsgc->btgrc", weights, v)
+    return out if sums is None else out + _read(sums, q)
 
 
-def _recurrent(q: Tensor, k: Tensor, v: Tensor, causal: bool, normalize: bool, state: LinearState | None) -> Tensor:
+def _recurrent(q: Tensor, k: Tensor, v: Tensor, causal: bool, sums: Tensor | None) -> Tensor:
     """One position after the other, as an RNN whose hidden state is a matrix."""
     outs = []
     for i in range(k.shape[1]):
-        state = _state(k[:, i : i + 1], v[:, i : i + 1], state)
+        sums = _sum(k[:, i : i + 1], v[:, i : i + 1], sums)
         if causal:
-            outs.append(_read(state, q[:, i : i + 1], normalize))
+            outs.append(_read(sums, q[:, i : i + 1]))
     if causal and outs:
         return torch.cat(outs, 1)
-    return _read(_state(k[:, :0], v[:, :0], state), q, normalize)
+    return _read(_sum(k[:, :0], v[:, :0], sums), q)
 
 
-def _chunked(q: Tensor, k: Tensor, v: Tensor, normalize: bool, chunk: int, state: LinearState | None) -> Tensor:
+def _chunked(q: Tensor, k: Tensor, v: Tensor, chunk: int, sums: Tensor | None) -> Tensor:
     """Weights within a chunk, sums between chunks: linear, and made of matrix products."""
     (b, t, groups, shared, _), width = q.shape, v.shape[-1]
     count = max(-(-t // chunk), 1)
     q, k, v = (F.pad(x, (0, 0) * (x.ndim - 2) + (0, count * chunk - t)) for x in (q, k, v))
     q = rearrange(q, "b (n i) g r f -> (b g n) (i r) f", n=count)
     k, v = (rearrange(x, "b (n j) g f -> (b g n) j f", n=count) for x in (k, v))
-    shape = (b, groups, count)
-    kv, z = _sums_before(k.mT @ v, shape, state and state.kv), _sums_before(k.sum(1), shape, state and state.k)
+    kv = _sums_before(k.mT @ v, (b, groups, count), sums)
     row = torch.arange(chunk * shared, device=q.device)[:, None] // shared
     weights = torch.bmm(q, k.mT).masked_fill(row < torch.arange(chunk, device=q.device), 0.0)
     out = torch.baddbmm(torch.bmm(weights, v), q, kv)
-    if normalize:
-        out = _divided(out, weights.sum(-1) + (q @ z[..., None])[..., 0])
     return rearrange(
         out, "(b g n) (i r) c -> b (n i) g r c", b=b, g=groups, n=count, i=chunk, r=shared, c=width
     )[:, :t]  # fmt: skip
@@ -363,9 +380,11 @@ def hidden_to_zero(x: Tensor, seen: Tensor | None) -> Tensor:
 
 def shielded(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Zero what is hidden or not finite, in float32 at least; also say which rows, ``b t h 1``, must be NaN."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """Zero what is hidden or not finite, in float32 at least; also say which rows, ``b t h 1``, must be NaN, if any."""
     q, k, v = (at_least_float32(x) for x in (q, hidden_to_zero(k, seen), hidden_to_zero(v, seen)))
+    if known_finite(q, k, v):
+        return (q, k, v), None
     bad_q, bad_k, bad_v = (((x - x).sum(-1) != 0) for x in (q, k, v))  # x - x is 0 or NaN; isfinite().all() takes 10 x
     bad_k = bad_k | bad_v
     first = k.shape[1] - q.shape[1]

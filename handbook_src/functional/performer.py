@@ -124,7 +124,9 @@ def softmax_features(
     _check_projection(x, projection, kind, eps)
     if not isinstance(shift, Tensor):
         check_finite("random features", "shift", shift)
-    return _features(*_exponents(x, projection, kind), kind, shift, eps)
+    phi, log = _features(x, projection, kind)
+    phi = phi if log is None else phi * (log - shift).exp()
+    return (phi + eps) / math.sqrt(phi.shape[-1] // (2 if kind == "trigonometric" else 1))
 
 
 def performer_attention(
@@ -180,48 +182,47 @@ def performer_attention(
     eps = (1e-3 if kind == "relu" else 0.0) if eps is None else eps
     _check_projection(q, projection, kind, eps)
     seen, causal = key_mask("Performer attention", mask, q, k, causal)
-    dtype, root = v.dtype, (1 / math.sqrt(q.shape[-1]) if scale is None else scale) ** 0.5
+    dtype, scale = v.dtype, 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     (q, k, v), broken = shielded(q, k, v, seen, causal)
-    q, k = q * root, k * root
-    (u, of_q), (w, of_k) = (_exponents(x, projection, kind) for x in (q, k))
-    phi_q = _features(u, of_q, kind, _largest(of_q, (3,), None), eps)
-    phi_k = _features(w, of_k, kind, 0.0 if causal else _largest(of_k, (1, 3), seen), eps)
-    out = kernel_attention(phi_q, phi_k, v, seen, causal=causal, form=form, chunk=chunk)
-    return out.masked_fill(broken, torch.nan).to(dtype)
+    # heads second while features are made: the sums over positions want them so
+    (phi_q, _), (phi_k, log) = (_features(x.transpose(1, 2), projection, kind, scale, bool(eps)) for x in (q, k))
+    phi_q, phi_k, weight = phi_q.transpose(1, 2), phi_k.transpose(1, 2), None
+    if log is not None:  # what a query's features have in common cancels; a key's share of it is its weight
+        log = log.transpose(1, 2)
+        seen_log = log if seen is None else log.masked_fill(~seen[:, :, None, None], -math.inf)
+        weight = (seen_log if causal else seen_log - _largest(seen_log, bool(eps))).exp()
+    if eps:
+        phi_q, phi_k, weight = phi_q + eps, (phi_k if weight is None else phi_k * weight) + eps, None
+    weight = None if weight is None else weight[..., 0]
+    out = kernel_attention(phi_q, phi_k, v, seen, weight=weight, causal=causal, form=form, chunk=chunk)
+    return (out if broken is None else out.masked_fill(broken, torch.nan)).to(dtype)
 
 
-def _exponents(x: Tensor, projection: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    """Return the projections, and the logarithms of the (positive) factors of the features."""
-    x, projection = at_least_float32(x), projection.to(torch.promote_types(x.dtype, torch.float32))
+def _features(
+    x: Tensor, projection: Tensor, kind: Kind, scale: float = 1.0, follow: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Features of ``x`` times the root of ``scale``, each row over its largest, and the logarithm of that.
+
+    ``follow``: whether gradients follow the largest; they need not where it cancels.
+    """
+    x = at_least_float32(x)
     with exactly(x):
-        u = x @ projection.T
-    half = x.square().sum(-1, keepdim=True) / 2
-    if kind == "positive":
-        return u, u - half
-    if kind == "hyperbolic":
-        return u, torch.cat([u, -u], -1) - half
-    return u, half if kind == "trigonometric" else torch.zeros_like(half)
+        u = x @ (projection.to(x.dtype) * math.sqrt(scale)).T
+    if kind == "relu":
+        return u.relu(), None
+    half = x.square().sum(-1, keepdim=True) * (scale / 2)
+    if kind == "trigonometric":
+        return torch.cat([u.sin(), u.cos()], -1), half
+    u = u if kind == "positive" else torch.cat([u, -u], -1)
+    top = (u if follow else u.detach()).amax(-1, keepdim=True)
+    return (u - top).exp() if follow else u.sub_(top).exp_(), top - half  # in place: these are the largest tensors
 
 
-def _features(u: Tensor, exponents: Tensor, kind: Kind, shift: Tensor | float, eps: float) -> Tensor:
-    m, features = u.shape[-1], (exponents - shift).exp()
-    if kind == "hyperbolic":
-        m = 2 * m
-    elif kind == "trigonometric":
-        features = torch.cat([u.sin(), u.cos()], -1) * features
-    elif kind == "relu":
-        features = u.relu()
-    return (features + eps) / math.sqrt(m)
-
-
-def _largest(exponents: Tensor, axes: tuple[int, ...], seen: Tensor | None) -> Tensor:
-    """The largest exponent over some axes, among visible keys; a constant, because it cancels."""
-    exponents = exponents.detach()
-    if seen is not None:
-        exponents = exponents.masked_fill(~seen[:, :, None, None], -math.inf)
-    if exponents.numel() == 0:
-        return exponents.new_zeros(())
-    return exponents.amax(axes, keepdim=True).clamp_min(torch.finfo(exponents.dtype).min)
+def _largest(log: Tensor, follow: bool) -> Tensor:
+    """The largest of all keys of a head; a constant where it cancels."""
+    if log.numel() == 0:
+        return log.new_zeros(())
+    return (log if follow else log.detach()).amax(1, keepdim=True).clamp_min(torch.finfo(log.dtype).min)
 
 
 def _check_projection(x: Tensor, projection: Tensor, kind: str, eps: float) -> None:

@@ -82,6 +82,37 @@ def test_memories_of_unequal_length_and_empty_ones(index: str | None) -> None:
 
 
 @pytest.mark.parity(ID)
+@pytest.mark.parametrize("s", [48, 83, 200])
+@pytest.mark.parametrize("lengths", [None, [40, 2]])
+def test_long_memories_are_searched_by_groups(s: int, lengths: list[int] | None) -> None:
+    q, keys, values = memory(2, 3, s, 2, 4, 5)
+    among = None if lengths is None else torch.tensor(lengths)
+    assert_parity(
+        lambda *x: knn_attention(*x, 3, lengths=among), lambda *x: literally(*x, 3, lengths), [q, keys, values]
+    )
+    scores = torch.einsum("bthe,bshe->bths", q, keys)
+    if lengths is None:
+        assert torch.equal(nearest_keys(q, keys, 3), scores.topk(3).indices), "best first"
+    else:
+        found = nearest_keys(q, keys, 3, lengths=among)
+        assert torch.equal(found[1, ..., :2], scores[1, ..., :2].topk(2).indices)
+        assert (found[1, ..., 2] == -1).all()
+
+
+@pytest.mark.law(ID)
+def test_a_nan_elsewhere_changes_the_way_and_not_the_answer() -> None:
+    inputs = memory(2, 3, 20, 2, 5, 4)
+    broken = [torch.cat([x, torch.full_like(x[:, :1], math.nan)], 1) for x in inputs[1:]]
+    assert_parity(
+        lambda q: knn_attention(q, *broken, 3), lambda q: knn_attention(q, *inputs[1:], 3), [inputs[0].requires_grad_()]
+    )
+    one_by_one = torch.func.vmap(lambda q: knn_attention(q[None], *(x[:1] for x in inputs[1:]), 3)[0])
+    torch.testing.assert_close(one_by_one(inputs[0])[0], knn_attention(*inputs, 3)[0])
+    slope = torch.func.grad(lambda q: knn_attention(q, *inputs[1:], 3).sum())(inputs[0].detach())
+    torch.testing.assert_close(slope, torch.autograd.grad(knn_attention(*inputs, 3).sum(), inputs[0])[0])
+
+
+@pytest.mark.parity(ID)
 def test_strided_inputs_and_inputs_left_alone() -> None:
     q, keys, values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in memory(2, 3, 7, 2, 5, 4))
     before = [x.clone() for x in (q, keys, values)]

@@ -96,6 +96,25 @@ def test_scales_and_masks(scale: float | None, mask: Mask | None, is_causal: boo
 
 
 @pytest.mark.parity(PERFORMER)
+@KINDS
+@BOTH_WAYS
+def test_an_epsilon_and_its_gradient(kind: str, is_causal: bool) -> None:
+    w, leaves = directions(2, 3), [x.requires_grad_() for x in qkv(b=1, t=3, s=3, h=2, g=1, e=2, c=2)]
+
+    def run(*x: Tensor) -> Tensor:
+        return performer_attention(*x, w, kind=kind, causal=is_causal, eps=0.1)
+
+    assert torch.autograd.gradcheck(run, leaves), "the shifts don't cancel here, so gradients follow them"
+    if kind == "positive" and not is_causal:
+        q, k, v = leaves
+        phi_q, phi_k = (softmax_features(x * 2**-0.25, w) for x in (q, k))
+        phi_q, phi_k = phi_q / phi_q.amax(-1, keepdim=True) + 0.1, phi_k / phi_k.amax((1, 3), keepdim=True) + 0.1
+        weights = torch.einsum("bthf,bsgf->bhts", phi_q, phi_k)
+        weights = weights / weights.sum(-1, keepdim=True)
+        torch.testing.assert_close(run(*leaves), torch.einsum("bhts,bsgc->bthc", weights, v))
+
+
+@pytest.mark.parity(PERFORMER)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -265,6 +284,17 @@ def test_garbage_in_the_padding_reaches_nothing(is_causal: bool, bad: float) -> 
     inputs[1][:], inputs[2][:] = bad, bad
     out = performer_attention(*inputs, directions(), padding(torch.tensor([0, 0])), causal=is_causal)
     assert (out == 0).all()
+
+
+@pytest.mark.law(PERFORMER)
+def test_a_hidden_key_does_not_overflow_beside_large_ones() -> None:
+    q, k, v = (x.float() for x in qkv(b=1, e=64))
+    k = k * 60
+    w = random_features(64, 32, generator=torch.Generator().manual_seed(0))
+    hidden = [torch.cat([x, torch.zeros_like(x[:, :2])], 1) for x in (k, v)]
+    seen = padding(torch.tensor([5]))
+    torch.testing.assert_close(performer_attention(q, *hidden, w, seen), performer_attention(q, k, v, w))
+    assert performer_attention(q, *hidden, w, seen).isfinite().all()
 
 
 @pytest.mark.law(PERFORMER)
