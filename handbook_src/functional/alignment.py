@@ -21,6 +21,7 @@ from handbook_src.functional.attention import (
     refuse,
     without_nan,
 )
+from handbook_src.functional.check import check_tensors
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.norm import at_least_float32
 
@@ -65,6 +66,7 @@ def additive_attention(
         Bahdanau et al. 2015, eqs. 5 and 6 and appendix A.1.2, arXiv:1409.0473
     """
     check_numbers(None, dropout)
+    check_tensors("alignment", vector)
     _check_shapes(query, key, value, vector)
     if not (query.shape[-1] == key.shape[-1] == len(vector)):
         got = f"{query.shape[-1]}, {key.shape[-1]} and {len(vector)} features"
@@ -149,6 +151,7 @@ def _contexts(
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, vector: Tensor | None) -> None:
+    check_tensors("alignment", query, key, value, *(() if vector is None else (vector,)))
     axes = query.ndim == key.ndim == value.ndim == 3 and (vector is None or vector.ndim == 1)
     if axes and query.shape[0] == key.shape[0] and key.shape[:2] == value.shape[:2]:
         return
@@ -159,7 +162,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, vector: Tensor | No
 
 
 def _with_head(mask: Tensor) -> Tensor:
-    return rearrange(mask, "b t s -> b 1 t s") if mask.ndim == 3 else mask
+    return rearrange(mask, "b t s -> b 1 t s") if isinstance(mask, Tensor) and mask.ndim == 3 else mask
 
 
 def _check_luong(query: Tensor, key: Tensor, score: str, weight: Tensor | None, vector: Tensor | None) -> None:
@@ -170,6 +173,7 @@ def _check_luong(query: Tensor, key: Tensor, score: str, weight: Tensor | None, 
     if given != wants[score]:
         want = {"dot": "neither weight nor vector", "general": "weight alone", "concat": "weight and vector"}[score]
         raise ConfigError(f"Luong score {score!r}", got=f"(weight, vector) {given}", want=want, remedy="Pass these.")
+    check_tensors("alignment", *(x for x in (weight, vector) if x is not None))
     d1, d2 = query.shape[-1], key.shape[-1]
     if score == "dot" and d1 != d2:
         refuse("Luong's dot score", f"{d1} and {d2} features", "equal widths", "Use score='general'.")

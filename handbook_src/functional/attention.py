@@ -17,7 +17,13 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_floating, check_one_dtype, check_positive, check_probability
+from handbook_src.functional.check import (
+    check_floating,
+    check_one_dtype,
+    check_positive,
+    check_probability,
+    check_tensors,
+)
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
 
@@ -262,7 +268,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim == 4 and q.shape[3] == 0:
         refuse("attention inputs", f"q {tuple(q.shape)}", "at least one feature a head", "1/sqrt(0) is no scale.")
     if q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3] and q.shape[::3] == k.shape[::3]:
-        if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        if 0 in (q.shape[2], k.shape[2]) or q.shape[2] % k.shape[2]:
             heads = f"{q.shape[2]} query, {k.shape[2]} key"
             refuse("attention heads", heads, "a multiple", "Share each key head evenly.")
         return
@@ -278,9 +284,7 @@ def autocasting(x: Tensor) -> bool:
 
 def check_alike(*tensors: Tensor) -> None:
     """Refuse what is no floating tensor, and tensors of several devices or dtypes (unless autocast joins them)."""
-    for x in tensors:
-        if not isinstance(x, Tensor):
-            raise ConfigError("attention inputs", got=type(x).__name__, want="tensors", remedy="Make it a tensor.")
+    check_tensors("attention", *tensors)
     check_floating("attention", *tensors)
     first = tensors[0]
     if any(x.dtype != first.dtype for x in tensors) and not all(map(autocasting, tensors)):

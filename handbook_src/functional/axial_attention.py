@@ -11,6 +11,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import check_alike, scaled_dot_product_attention
+from handbook_src.functional.check import check_tensors
 from handbook_src.functional.chunked_attention import shielded
 
 
@@ -79,6 +80,7 @@ def shift(x: Float[Tensor, "b *axes d"], axis: int) -> Float[Tensor, "b *axes d"
     Source:
         Ho et al. 2019, section 3.2 (ShiftDown, ShiftRight), arXiv:1912.12180
     """
+    check_tensors("shift", x)
     if x.ndim < 3:
         _no_grid("shift input", x, "b *axes d")
     axis = axis_of(x.ndim - 2, axis) + 1

@@ -17,14 +17,29 @@ from torch import Tensor
 from handbook_src.errors import ConfigError, ShapeError
 
 
+def check_tensors(op: str, *tensors: object) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        ConfigError: one is a list, a number, None or the like.
+    """
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            raise ConfigError(f"{op} inputs", got=type(x).__name__, want="tensors", remedy="Make it a tensor.")
+
+
 def check_floating(op: str, *tensors: Tensor | None) -> None:
     """Refuse tensors that are not floating point.
 
     Raises:
+        ConfigError: one is neither a tensor nor None.
         ShapeError: one holds integers, booleans or complex numbers.
     """
     for x in tensors:
-        if x is not None and not x.is_floating_point():
+        if x is None:
+            continue
+        check_tensors(op, x)
+        if not x.is_floating_point():
             raise ShapeError(
                 f"{op} input dtype",
                 got=x.dtype,
@@ -49,6 +64,7 @@ def check_one_dtype(op: str, x: Tensor, *others: Tensor) -> None:
     Raises:
         ShapeError: one has another.
     """
+    check_tensors(op, x, *others)
     for other in others:
         if other.dtype != x.dtype:
             raise ShapeError(
@@ -65,6 +81,7 @@ def check_one_device(op: str, x: Tensor, *others: Tensor) -> None:
     Raises:
         ShapeError: one is on another.
     """
+    check_tensors(op, x, *others)
     for other in others:
         if other.device != x.device:
             raise ShapeError(
@@ -81,6 +98,7 @@ def check_features(op: str, x: Tensor, features: int, *, name: str = "input", ax
     Raises:
         ShapeError: it holds another number, or there is no such axis.
     """
+    check_tensors(op, x)
     if x.ndim < (-axis if axis < 0 else axis + 1) or x.shape[axis] != features:
         raise ShapeError(
             f"{op} {name}",
@@ -102,6 +120,7 @@ def check_rank(op: str, x: Tensor, ranks: Sequence[int], axes: str) -> None:
     Raises:
         ShapeError: another number of axes.
     """
+    check_tensors(op, x)
     if x.ndim not in ranks:
         raise ShapeError(
             f"{op} input",

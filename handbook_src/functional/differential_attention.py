@@ -18,7 +18,7 @@ from handbook_src.functional.attention import (
     check_qkv,
     scaled_dot_product_attention,
 )
-from handbook_src.functional.check import check_floating, check_size
+from handbook_src.functional.check import check_finite, check_floating, check_size, check_tensors
 from handbook_src.functional.flash_attention import bands
 from handbook_src.functional.mask import causal as causal_rule
 
@@ -145,6 +145,8 @@ def differential_lambda(
     Source:
         Ye et al. 2024, eq. 2, arXiv:2410.05258
     """
+    check_tensors("differential_lambda", q1, k1, q2, k2)
+    check_finite("differential_lambda", "init", init)
     check_floating("differential_lambda", q1, k1, q2, k2)
     shapes = [tuple(x.shape) for x in (q1, k1, q2, k2)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1:

@@ -24,7 +24,14 @@ from handbook_src.functional.attention import (
     scaled_dot_product_attention,
     without_nan,
 )
-from handbook_src.functional.check import check_floating, check_one_dtype, check_positive, check_size, known_finite
+from handbook_src.functional.check import (
+    check_floating,
+    check_one_dtype,
+    check_positive,
+    check_size,
+    check_tensors,
+    known_finite,
+)
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.mask import causal as causal_rule
 from handbook_src.functional.mask import window as window_rule
@@ -311,6 +318,7 @@ def _checked(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, alibi: Tensor | None, soft_cap: float | None,
     sinks: Tensor | None, scale: float | None, packed: bool = False,
 ) -> Options:  # fmt: skip
+    check_tensors(OP, q, k, v, *(x for x in (alibi, sinks) if x is not None))
     check_floating(OP, q, k, v)
     check_one_dtype(OP, q, k, v)
     for name, x in (("k", k), ("v", v), ("alibi", alibi), ("sinks", sinks)):
@@ -333,6 +341,7 @@ def _checked(
 
 
 def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check_tensors("flash_attention_varlen", q, k, v)
     if not q.ndim == k.ndim == v.ndim == 3:
         got = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         want = "three axes: q (n, h, e), k (m, g, e), v (m, g, c)"
@@ -341,6 +350,7 @@ def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_edges(cu_q: Tensor, cu_k: Tensor, q: Tensor) -> None:
+    check_tensors("flash_attention_varlen", cu_q, cu_k)
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if cu.ndim != 1 or len(cu) == 0 or cu.dtype not in (torch.int32, torch.int64) or cu.device != q.device:
             got, want = f"{tuple(cu.shape)} {cu.dtype} on {cu.device}", f"one axis of int32 or int64 on {q.device}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, needs_for_triton, resolve
 from handbook_src.errors import ShapeError
-from handbook_src.functional.check import check_floating, check_one_dtype, check_positive, check_size
+from handbook_src.functional.check import check_floating, check_one_dtype, check_positive, check_size, check_tensors
 from handbook_src.functional.flash_attention import WIDEST, flash_attention
 
 OP = "paged_decode_attention"
@@ -90,9 +90,9 @@ def paged_decode_attention(
     for b, length in enumerate(lengths.tolist()):
         pages = block_table[b, : -(-length // k_pages.shape[1])].long()
         k, v = (x[pages].flatten(0, 1)[None, :length] for x in (k_pages, v_pages))
-        if length == 0:  # no key, and so no position to measure a distance from
-            options = {**options, "window": None, "alibi": None}
-        rows.append(flash_attention(q[b, None, None], k, v, **options, return_lse=True, backend="reference"))
+        # no key, and so no position to measure a distance from
+        these = options if length else {**options, "window": None, "alibi": None}
+        rows.append(flash_attention(q[b, None, None], k, v, **these, return_lse=True, backend="reference"))
     if not rows:
         return (
             (v_pages.new_empty(0, q.shape[1], v_pages.shape[3]), q.new_empty(q.shape[:2]))
@@ -106,6 +106,7 @@ def paged_decode_attention(
 def _check_tensors(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, per_head: dict[str, Tensor | None]
 ) -> None:
+    check_tensors(OP, q, k, v, table, lengths, *(x for x in per_head.values() if x is not None))
     check_floating(OP, q, k, v)
     check_one_dtype(OP, q, k, v)
     shapes = f"q {tuple(q.shape)}, k_pages {tuple(k.shape)}, v_pages {tuple(v.shape)}"

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_floating, check_size
+from handbook_src.functional.check import check_floating, check_size, check_tensors
 
 
 def mean_pool_heads(weight: Float[Tensor, "*shape"], heads: int, kv_heads: int) -> Float[Tensor, "*pooled"]:
@@ -35,6 +35,7 @@ def mean_pool_heads(weight: Float[Tensor, "*shape"], heads: int, kv_heads: int) 
     """
     check_size("mean_pool_heads", "heads", heads)
     check_size("mean_pool_heads", "kv_heads", kv_heads)
+    check_tensors("mean_pool_heads", weight)
     check_floating("mean_pool_heads", weight)
     if heads % kv_heads:
         raise ConfigError(

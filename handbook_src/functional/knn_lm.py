@@ -15,6 +15,7 @@ from handbook_src.functional.check import (
     check_positive,
     check_probability,
     check_size,
+    check_tensors,
 )
 
 
@@ -90,6 +91,7 @@ def knn_lm_log_probs(
         Khandelwal et al. 2019, eq. 3, arXiv:1911.00172
     """
     check_probability("knn_lm", "lam", lam, below_one=False)
+    check_tensors("knn_lm", logits, distances, tokens)
     check_floating("knn_lm", logits)
     if logits.shape[:-1] != distances.shape[:-1] or logits.ndim == 0:
         raise ShapeError(
@@ -113,6 +115,7 @@ def knn_lm_log_probs(
 
 
 def _check_neighbours(distances: Tensor, tokens: Tensor, vocab_size: int) -> None:
+    check_tensors("knn_probabilities", distances, tokens)
     check_floating("knn_probabilities", distances)
     check_one_device("knn_probabilities", distances, tokens)
     integers = tokens.dtype in (torch.int32, torch.int64)

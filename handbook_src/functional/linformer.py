@@ -9,7 +9,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import attention_weights, scaled_dot_product_attention
-from handbook_src.functional.check import check_floating, check_one_device
+from handbook_src.functional.check import check_floating, check_one_device, check_tensors
 from handbook_src.functional.linear_attention import check_qkv, exactly, hidden_to_zero, key_mask
 from handbook_src.functional.mask import Mask
 
@@ -115,6 +115,7 @@ def mix(
     Source:
         Wang et al. 2020, section 4, arXiv:2006.04768
     """
+    check_tensors("Linformer projection", projection)
     s, heads = x.shape[1:3]
     check_floating("Linformer projection", projection)
     check_one_device("Linformer projection", x, projection)

@@ -26,6 +26,7 @@ from handbook_src.functional.check import (
     check_one_dtype,
     check_parameter_dtype,
     check_size,
+    check_tensors,
 )
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
@@ -130,6 +131,7 @@ def lsh_buckets(x: Float[Tensor, "b t h e"], rotations: Rotations) -> Int[Tensor
     Source:
         Kitaev et al. 2020, section 2, "Locality sensitive hashing", arXiv:2001.04451
     """
+    check_tensors("lsh_buckets", x)
     tables = _tables(x, rotations)
     wide = torch.promote_types(x.dtype, torch.float32)
     buckets, below = torch.zeros((), dtype=torch.int64, device=x.device), 1
@@ -235,6 +237,7 @@ def lsh_meetings(
     """
     check_size("lsh_meetings", "chunk", chunk)
     check_size("lsh_meetings", "look_back", look_back, least=0)
+    check_tensors("lsh_meetings", buckets)
     if buckets.ndim != 4 or buckets.is_floating_point() or buckets.dtype == torch.bool:
         refuse(
             "lsh_meetings buckets",
@@ -409,7 +412,8 @@ def _rules(mask: Mask | None, causal: bool) -> list[Mask]:
 
 def _check(qk: Tensor, v: Tensor, mask: Mask | None, chunk: int, look_back: int, scale: float | None) -> float:
     op = "lsh_attention"
-    if qk.ndim != 4 or v.ndim != 4 or qk.shape[:3] != v.shape[:3] or 0 in (qk.shape[2], qk.shape[3]):
+    check_tensors(op, qk, v)
+    if qk.ndim != 4 or v.ndim != 4 or qk.shape[:3] != v.shape[:3] or 0 in (*qk.shape[2:], v.shape[3]):
         shapes = f"qk {tuple(qk.shape)}, v {tuple(v.shape)}"
         refuse(f"{op} inputs", shapes, "qk (b, t, h, e), v (b, t, h, c)", "Split the features into heads, third.")
     check_floating(op, qk, v)

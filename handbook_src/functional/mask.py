@@ -163,9 +163,14 @@ class Mask:
 
         s = t if s is None else s
         start = self._start(t, s, offset)
+        if 0 in (t, s):
+            want, remedy = "at least one query and one key", "An empty batch of positions needs no mask."
+            raise ConfigError("block mask", got=f"t={t}, s={s}", want=want, remedy=remedy)
         return create_block_mask(self.flex(offset=start), self.batch, self.heads, t, s, device=str(device))
 
     def _start(self, t: int, s: int, offset: int | None) -> int:
+        """Check the sizes and return the position of the first query."""
+        _check_sizes(t, s, offset)
         if offset is None and self.positional and t > s:
             raise ShapeError(
                 f"queries under {self}",
@@ -445,6 +450,18 @@ def _brief(value: int | Tensor) -> str:
 def _at_least(what: str, value: Any, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ConfigError(what, got=repr(value), want=f"an integer of at least {low}", remedy="Count positions.")
+
+
+def _check_sizes(t: Any, s: Any, offset: Any) -> None:
+    """Lengths and the offset are integers, lengths not negative; under a compiler they may be symbols."""
+    for what, n, low in (
+        ("queries", t, 0),
+        ("keys", s, 0),
+        ("offset of the queries", 0 if offset is None else offset, None),
+    ):
+        if not isinstance(n, int | torch.SymInt) or isinstance(n, bool) or (low is not None and n < low):
+            want = "an integer" if low is None else "an integer of at least 0"
+            raise ConfigError(what, got=repr(n), want=want, remedy="Count positions.")
 
 
 def _one_a_sample(what: str, counts: Any) -> None:

@@ -31,6 +31,7 @@ from handbook_src.functional.attention import (
     scaled_dot_product_attention,
     without_nan,
 )
+from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.mask import causal as causal_rule
 
@@ -125,9 +126,15 @@ def latent_attention_flops(t: int, s: int, heads: int, *, e: int, r: int, c: int
         c: features of the latent.
         w: features of a value.
 
+    Raises:
+        ConfigError: a number that is no integer or negative.
+
     Source:
         counted from DeepSeek-AI 2024, eqs. 9 to 19, arXiv:2405.04434
     """
+    for name, n in (("t", t), ("s", s), ("heads", heads), ("e", e), ("r", r), ("c", c), ("w", w)):
+        if not isinstance(n, torch.SymInt):  # as under a compiler
+            check_size("latent_attention_flops", name, n, least=0)
     return {
         "decompressed": 2 * s * heads * c * (e + w) + 2 * t * s * heads * (e + r + w),
         "absorbed": 2 * t * heads * c * (e + w) + 2 * t * s * heads * (2 * c + r),

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_floating
+from handbook_src.functional.check import check_floating, check_tensors
 
 #: The largest number each storage type holds.
 QUANTIZED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -46,6 +46,7 @@ def quantize(x: Float[Tensor, "*lead e"], dtype: torch.dtype = torch.int8) -> tu
             want=f"one of {list(QUANTIZED)}",
             remedy="int8 rounds finest on Gaussian values.",
         )
+    check_tensors("quantize", x)
     check_floating("quantize", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ShapeError("quantize x", got=tuple(x.shape), want="vectors, *lead e", remedy="Features stand last.")

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from handbook_src.errors import ShapeError
-from handbook_src.functional.check import check_floating, check_one_device
+from handbook_src.functional.check import check_floating, check_one_device, check_tensors
 
 
 def rag_sequence(
@@ -88,6 +88,7 @@ def rag_marginal(doc_scores: Float[Tensor, "b z"], log_probs: Float[Tensor, "b z
 
 def _wide(op: str, doc_scores: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the documents' log-probabilities and the tokens', in float32 at least."""
+    check_tensors(op, doc_scores, log_probs)
     check_floating(op, doc_scores, log_probs)
     check_one_device(op, doc_scores, log_probs)
     least = 2 if op == "rag_marginal" else 3
@@ -107,6 +108,7 @@ def _wide(op: str, doc_scores: Tensor, log_probs: Tensor) -> tuple[Tensor, Tenso
 def _masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return tokens
+    check_tensors("RAG mask", mask)
     if mask.dtype != torch.bool or mask.shape != (tokens.shape[0], tokens.shape[2]):
         raise ShapeError(
             "rag mask",

@@ -156,7 +156,11 @@ def _check(op: str, weights: Sequence[Tensor] | Tensor, residual: float, heads: 
         raise ConfigError(
             f"{op} heads", got=repr(heads), want="'mean', 'max' or 'min'", remedy="The paper's is 'mean'."
         )
-    if not isinstance(weights, Sequence | Tensor) or len(weights) == 0:
+    if (
+        not isinstance(weights, Sequence | Tensor)
+        or (isinstance(weights, Tensor) and not weights.ndim)
+        or not len(weights)
+    ):
         raise ConfigError(f"{op} weights", got="no layer", want="one map a layer", remedy="See attention_maps().")
     first = weights[0]
     for w in weights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Protocol, final, runtime_checkable
 
 import torch
@@ -26,6 +27,7 @@ from handbook_src.functional.check import (
     check_parameter_dtype,
     check_probability,
     check_size,
+    check_tensors,
 )
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
@@ -211,7 +213,7 @@ class MultiHeadAttention(nn.Module):
         Source:
             Michel et al. 2019, arXiv:1905.10650
         """
-        gone = set(heads)
+        gone = _head_numbers(heads)
         if not gone <= set(self.kept_heads) or len(gone) == len(self.kept_heads):
             raise ConfigError(
                 "heads to prune",
@@ -248,6 +250,14 @@ class MultiHeadAttention(nn.Module):
         return f"{self.dim}, heads={self.heads}{shared}, head_dim={self.head_dim}, dropout={self.dropout}{pruned}"
 
 
+def _head_numbers(heads: object) -> set[int]:
+    """Numbers of heads as a set; one number alone, or what is no number, is refused."""
+    numbers = list(heads) if isinstance(heads, Iterable) and not isinstance(heads, Tensor | str) else [None]
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers):
+        raise ConfigError("heads to prune", got=repr(heads), want="a list of integers", remedy="Pass [0, 3].")
+    return {int(n) for n in numbers}  # type: ignore[arg-type]
+
+
 def check_input(op: str, x: Tensor, projection: nn.Module) -> None:
     """Refuse what a projection would stumble over: no tensor, integers, another dtype (unless autocast joins them).
 
@@ -260,8 +270,7 @@ def check_input(op: str, x: Tensor, projection: nn.Module) -> None:
         ConfigError: ``x`` is no tensor.
         ShapeError: ``x`` has another dtype.
     """
-    if not isinstance(x, Tensor):
-        raise ConfigError(f"{op} input", got=type(x).__name__, want="a tensor", remedy="Pass features, b t d.")
+    check_tensors(op, x)
     check_floating(op, x)
     weight = getattr(projection, "weight", x)  # none where an adapter stands in its place
     if weight.dtype != x.dtype and weight.is_floating_point() and not autocasting(x):

@@ -136,7 +136,7 @@ class LongformerAttention(MultiHeadAttention):
         if self.separate:
             raise ConfigError(
                 "heads to prune",
-                got=sorted(heads),
+                got=repr(heads),
                 want="a layer with separate=False",
                 remedy="The global projections would keep theirs.",
             )

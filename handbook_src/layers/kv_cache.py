@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_size
+from handbook_src.functional.check import check_size, check_tensors
 from handbook_src.functional.quantize import QUANTIZED, quantize
 
 KV = tuple[Float[Tensor, "b s h e"], Float[Tensor, "b s h c"]]
@@ -88,6 +88,7 @@ class KVCache(ABC):
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         name = type(self).__name__
+        check_tensors(f"{name}.update", k, v)
         if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or 0 in (*k.shape[2:], v.shape[3]):
             raise ShapeError(
                 f"{name}.update k, v",
@@ -225,7 +226,7 @@ class QuantizedCache(KVCache):
 
     def __init__(self, dtype: torch.dtype = torch.int8) -> None:
         super().__init__()
-        if dtype not in QUANTIZED:
+        if not isinstance(dtype, torch.dtype) or dtype not in QUANTIZED:
             raise ConfigError(
                 "QuantizedCache dtype", got=dtype, want=f"one of {list(QUANTIZED)}", remedy="Start with torch.int8."
             )

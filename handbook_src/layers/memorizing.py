@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import MaskLike, scaled_dot_product_attention
-from handbook_src.functional.check import check_features, check_parameter_dtype, check_positive, check_rank, check_size
+from handbook_src.functional.check import (
+    check_features,
+    check_parameter_dtype,
+    check_positive,
+    check_rank,
+    check_size,
+    check_tensors,
+)
 from handbook_src.functional.knn_memory import knn_attention, memory_gate, normalize_heads
+from handbook_src.layers.attention import check_input
 
 
 @final
@@ -76,6 +84,7 @@ class KNNMemory:
         """
         if which is None:
             which = torch.ones_like(self._seen, dtype=torch.bool)
+        check_tensors("KNNMemory.clear", which)
         if which.dtype != torch.bool or which.ndim != 1 or (len(which) != len(self._seen) and len(self._seen)):
             raise ShapeError(
                 "KNNMemory.clear which",
@@ -124,6 +133,7 @@ class KNNMemory:
         return knn_attention(q, keys, values, k, lengths=self.lengths, scale=scale, index=self.index)
 
     def _check(self, k: Tensor, v: Tensor) -> None:
+        check_tensors("KNNMemory", k, v)
         if k.ndim != 4 or k.shape != v.shape or k.dtype != v.dtype or not k.is_floating_point():
             raise ShapeError(
                 "KNNMemory k, v",
@@ -234,8 +244,12 @@ class MemorizingAttention(nn.Module):
         Raises:
             ShapeError: other features, a mask of another shape, a memory of another batch.
         """
+        check_input("MemorizingAttention", x, self.q_proj)
         check_rank("MemorizingAttention", x, (3,), "(batch, tokens, features)")
         check_features("MemorizingAttention", x, self.dim)
+        if memory is not None and not isinstance(memory, KNNMemory):
+            got = type(memory).__name__
+            raise ConfigError("MemorizingAttention memory", got=got, want="a KNNMemory", remedy="Pass KNNMemory(8192).")
         q, k, v = (
             rearrange(proj(x), "b t (h e) -> b t h e", h=self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )

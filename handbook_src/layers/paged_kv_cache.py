@@ -38,6 +38,7 @@ class PagePool:
 
     def take(self, count: int) -> list[int]:
         """Hand out ``count`` pages."""
+        check_size("PagePool.take", "count", count, least=0)
         if count > self.free:
             raise ShapeError(
                 "PagePool.take",
@@ -51,7 +52,12 @@ class PagePool:
         return taken
 
     def share(self, pages: list[int]) -> None:
-        """Count one more user of each page."""
+        """Count one more user of each page.
+
+        Raises:
+            ConfigError: a page that nobody uses.
+        """
+        self._check(pages, "PagePool.share")
         for page in pages:
             self.users[page] += 1
 
@@ -61,14 +67,20 @@ class PagePool:
         Raises:
             ConfigError: a page that nobody uses.
         """
-        idle = [page for page in pages if self.users[page] == 0]
-        if idle:
-            remedy = "Release what take() or share() counted, once."
-            raise ConfigError("PagePool.release", got=f"free pages {idle}", want="pages in use", remedy=remedy)
+        self._check(pages, "PagePool.release")
         for page in pages:
             self.users[page] -= 1
             if self.users[page] == 0:
                 self._free.append(page)
+
+    def _check(self, pages: list[int], op: str) -> None:
+        if not isinstance(pages, list) or not all(type(page) is int and 0 <= page < self.pages for page in pages):
+            want = f"a list of numbers below {self.pages}"
+            raise ConfigError(op, got=repr(pages), want=want, remedy="Pass what take() returned.")
+        idle = [page for page in pages if self.users[page] == 0]
+        if idle:
+            remedy = "Pass what take() or share() counted, and release it once."
+            raise ConfigError(op, got=f"free pages {idle}", want="pages in use", remedy=remedy)
 
     def page_bytes(self) -> int:
         """Bytes of one page, keys and values."""

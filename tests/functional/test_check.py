@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ConfigError, HandbookError, ShapeError
 from handbook_src.functional import check
+from handbook_src.functional.alignment import additive_attention, multiplicative_attention
+from handbook_src.functional.attention import scaled_dot_product_attention
+from handbook_src.functional.axial_attention import shift
+from handbook_src.functional.differential_attention import differential_lambda
+from handbook_src.functional.flash_attention import flash_attention, flash_attention_varlen
+from handbook_src.functional.flash_decode import paged_decode_attention
+from handbook_src.functional.grouped_query import mean_pool_heads
+from handbook_src.functional.knn_lm import knn_probabilities
+from handbook_src.functional.lsh_attention import lsh_attention, lsh_buckets, lsh_rotations
+from handbook_src.functional.mla import latent_attention_flops
+from handbook_src.functional.quantize import quantize
+from handbook_src.functional.rag import rag_token
+from handbook_src.functional.rollout import attention_rollout
+from handbook_src.layers.kv_cache import AppendCache
+from handbook_src.layers.memorizing import KNNMemory, MemorizingAttention
+from handbook_src.layers.mla import LatentCache
+from handbook_src.layers.paged_kv_cache import PagePool
 from handbook_src.testing import refuses
 
 
@@ -94,3 +113,61 @@ def test_one_device_and_dtypes_that_are_none() -> None:
     for dtype in ("float32", 5):
         with refuses(ConfigError, dtype):
             check.check_parameter_dtype("op", dtype)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, 2.5, "x", [1.0], ()])
+def test_what_is_no_tensor_is_named(wrong):
+    check.check_tensors("op", torch.ones(2), torch.ones(0))
+    for call in (
+        lambda: check.check_tensors("op", torch.ones(2), wrong),
+        lambda: check.check_one_dtype("op", torch.ones(2), wrong),
+        lambda: check.check_one_device("op", wrong),
+        lambda: check.check_features("op", wrong, 4),
+        lambda: check.check_rank("op", wrong, (3,), "axes"),
+    ):
+        with refuses(ConfigError, "op", type(wrong).__name__, "tensors"):
+            call()
+    if wrong is not None:
+        with refuses(ConfigError, "op", type(wrong).__name__):
+            check.check_floating("op", wrong)
+
+
+X, QKV = torch.randn(2, 6, 8), torch.randn(2, 6, 2, 4)
+NO_TENSORS: dict[str, Callable[[object], object]] = {
+    "sdpa": lambda x: scaled_dot_product_attention(QKV, x, QKV),
+    "flash": lambda x: flash_attention(QKV, QKV, QKV, alibi=x),
+    "varlen": lambda x: flash_attention_varlen(QKV[0], x, QKV[0], torch.tensor([0, 6])),
+    "edges": lambda x: flash_attention_varlen(QKV[0], QKV[0], QKV[0], x),
+    "decode": lambda x: paged_decode_attention(QKV[:, 0], QKV, QKV, torch.zeros(2, 1, dtype=torch.int32), x),
+    "additive": lambda x: additive_attention(X, X, X, x),
+    "multiplicative": lambda x: multiplicative_attention(X, x, X),
+    "its mask": lambda x: multiplicative_attention(X, X, X, mask=x),
+    "buckets": lambda x: lsh_buckets(x, lsh_rotations(2, 2, 4, 4)),
+    "lsh": lambda x: lsh_attention(QKV, x, lsh_rotations(2, 2, 4, 4)),
+    "lambda": lambda x: differential_lambda(X[0, 0], x, X[0, 0], X[0, 0], 0.5),
+    "its start": lambda x: differential_lambda(X[0, 0], X[0, 0], X[0, 0], X[0, 0], x),
+    "pooled heads": lambda x: mean_pool_heads(x, 4, 2),
+    "quantize": lambda x: quantize(x),
+    "neighbours": lambda x: knn_probabilities(X[0], x, 9),
+    "rag": lambda x: rag_token(X[:, :3, 0], X[:, :3, :4], x),
+    "shift": lambda x: shift(x, 0),
+    "rollout": lambda x: attention_rollout(x),
+    "flops": lambda x: latent_attention_flops(x, 2, 2, e=1, r=1, c=1, w=1),
+    "cache": lambda x: AppendCache().update(QKV, x),
+    "paged": lambda x: PagePool(4).take(x),
+    "memory": lambda x: KNNMemory(4).add(QKV, x),
+    "its layer": lambda x: MemorizingAttention(8, 2)(x),
+    "layer's memory": lambda x: MemorizingAttention(8, 2)(X, x),
+    "latents": lambda x: LatentCache().update(x),
+}
+
+
+@pytest.mark.parametrize("call", NO_TENSORS)
+@pytest.mark.parametrize("wrong", [-1, True, 2.5, "x", lambda: 0, None])
+def test_attention_says_what_is_no_tensor(call: str, wrong: object) -> None:
+    optional = call in ("flash", "its mask", "rag", "layer's memory")  # may be None
+    number = call in ("its start", "flops", "paged")
+    if (optional and wrong is None) or (number and wrong in (2.5, -1) and call == "its start"):
+        return
+    with refuses(HandbookError, "got"):
+        NO_TENSORS[call](wrong)

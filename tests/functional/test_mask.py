@@ -279,6 +279,23 @@ def test_refusals() -> None:
         per_head(full, full) & per_head(full, full, full)
 
 
+@pytest.mark.refusal("attention-masks")
+@pytest.mark.parametrize("form", ["dense", "sdpa", "block_mask"])
+def test_sizes_of_a_mask_are_whole_numbers(form: str) -> None:
+    write = getattr(causal | window(2), form)
+    for wrong in (-1, 2.5, True, "x", float("nan"), [1]):
+        with refuses(ConfigError, "queries", wrong):
+            write(wrong, 4)
+        with refuses(ConfigError, "keys", wrong):
+            write(4, wrong)
+    for wrong in (2.5, True, "x", [1]):
+        with refuses(ConfigError, "offset", wrong):
+            write(4, 4, offset=wrong)
+    if form == "block_mask":
+        with refuses(ConfigError, "t=0, s=4"):
+            write(0, 4)
+
+
 @pytest.mark.refusal("attention-masks", "chunked-attention", "axial-attention")
 def test_refusals_of_the_sparse_patterns() -> None:
     for wrong in (0, -1, True, 2.0, None):

@@ -307,6 +307,9 @@ def test_refusals_of_pruning() -> None:
     layer.prune_heads([1])
     with refuses(ConfigError, "[1]", "[0, 2, 3]"):
         layer.prune_heads([1])
+    for wrong in (5, True, [True], [0.0], "01", None, torch.tensor([1]), [[0]], {"a": 1}):
+        with refuses(ConfigError, "heads to prune", "integers"):
+            MultiHeadAttention(8, 4).prune_heads(wrong)
 
 
 def test_full_is_the_default_rule() -> None:
