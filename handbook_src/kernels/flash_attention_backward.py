@@ -25,6 +25,7 @@ from handbook_src.kernels import launch
 from handbook_src.kernels.flash_attention_tile import (
     LOG2E,
     adjacent,
+    again,
     allowed,
     keys_seen,
     parts,
@@ -50,22 +51,27 @@ def passable(lse):
 
 @triton.jit
 def _query_step(
-    dq, q, do, lse, delta, K, V, start, query, k_stride, v_stride, keys, e, c, scale, cap, slope, window,
-    BN: tl.constexpr, E: tl.constexpr, C: tl.constexpr, EVEN_E: tl.constexpr, EVEN_C: tl.constexpr,
+    dq, q, do, lse, delta, Q, DOUT, first, q_stride, do_stride, times,
+    K, V, start, query, k_stride, v_stride, keys, e, c, scale, cap, slope, window,
+    BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, C: tl.constexpr, EVEN_E: tl.constexpr, EVEN_C: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr, IP: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     key = start + tl.arange(0, BN)
     k = rows_of(K, start, k_stride, keys, e, BN, E, EVEN_E, MASKED)
     v = rows_of(V, start, v_stride, keys, c, BN, C, EVEN_C, MASKED)
     if MASKED:
         k, bad = shielded(k)
+    if AGAIN:
+        q = rows_of(Q, first, q_stride, times, e, BM, E, EVEN_E, True, True)
     x = tl.dot(q, tl.trans(k), input_precision=IP)
     x, unit, flat = scores(x, query[:, None], key[None, :], scale, cap, slope, ALIBI, CAP)
     if MASKED:
         keep = allowed(query[:, None], key[None, :], keys, window, CAUSAL, WINDOW)
         x = tl.where(keep, x, float("-inf"))
     p = tl.exp2(x * unit - lse[:, None])
+    if AGAIN:
+        do = rows_of(DOUT, first, do_stride, times, c, BM, C, EVEN_C, True, True)
     dp = tl.dot(do, tl.trans(v), input_precision=IP)
     ds = p * (dp - delta[:, None]) * flat
     if MASKED:
@@ -80,7 +86,7 @@ def _queries(
     times, keys, batch, heads, group, e, c, scale, cap, window,
     BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, C: tl.constexpr, EVEN_E: tl.constexpr, EVEN_C: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr, VARLEN: tl.constexpr,
-    IP: tl.constexpr, DOWN: tl.constexpr,
+    IP: tl.constexpr, DOWN: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     tile = tl.cdiv(times, BM) - 1 - tl.program_id(0) // (batch * heads)
     b, h = tl.program_id(0) % (batch * heads) // heads, tl.program_id(0) % heads
@@ -90,8 +96,10 @@ def _queries(
     first = tile * BM
     row, offset = first + tl.arange(0, BM), keys - times
     live, at = row < times, b * lse_b + wide * lse_h + q0 + row
-    q = rows_of(Q + b * q_b + q0 * q_t + wide * q_h, first, q_t, times, e, BM, E, EVEN_E, True)
-    do = rows_of(DOUT + b * do_b + q0 * do_t + wide * do_h, first, do_t, times, c, BM, C, EVEN_C, True)
+    Q += b * q_b + q0 * q_t + wide * q_h
+    DOUT += b * do_b + q0 * do_t + wide * do_h
+    q = rows_of(Q, first, q_t, times, e, BM, E, EVEN_E, True)
+    do = rows_of(DOUT, first, do_t, times, c, BM, C, EVEN_C, True)
     out = rows_of(OUT + b * o_b + q0 * o_t + wide * o_h, first, o_t, times, c, BM, C, EVEN_C, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if DOWN:
@@ -110,15 +118,15 @@ def _queries(
     outer = tl.where(first < times, outer, inner)
     for i in tl.range(0, (outer - inner) // BN):
         dq = _query_step(
-            dq, q, do, lse, delta, K, V, inner + i * BN, query, k_s, v_s, keys, e, c, scale, cap, slope, window,
-            BN, E, C, EVEN_E, EVEN_C, CAUSAL, WINDOW, ALIBI, CAP, IP, False,
+            dq, q, do, lse, delta, Q, DOUT, first, q_t, do_t, times, K, V, inner + i * BN, query, k_s, v_s, keys, e, c,
+            scale, cap, slope, window, BM, BN, E, C, EVEN_E, EVEN_C, CAUSAL, WINDOW, ALIBI, CAP, IP, False, AGAIN,
         )  # fmt: skip
     before = (inner - low) // BN
     for i in tl.range(0, before + (high - outer) // BN):
         start = tl.where(i < before, low + i * BN, outer + (i - before) * BN)
         dq = _query_step(
-            dq, q, do, lse, delta, K, V, start, query, k_s, v_s, keys, e, c, scale, cap, slope, window,
-            BN, E, C, EVEN_E, EVEN_C, CAUSAL, WINDOW, ALIBI, CAP, IP, True,
+            dq, q, do, lse, delta, Q, DOUT, first, q_t, do_t, times, K, V, start, query, k_s, v_s, keys, e, c,
+            scale, cap, slope, window, BM, BN, E, C, EVEN_E, EVEN_C, CAUSAL, WINDOW, ALIBI, CAP, IP, True, AGAIN,
         )  # fmt: skip
     store_rows(DQ + b * dq_b + q0 * dq_t + wide * dq_h, dq * scale, first, dq_t, times, e, BM, E)
 
@@ -245,7 +253,7 @@ def flash_backward(
                 q, k, v, out, dout, lse, dlse, delta, dq, cu_q, cu_k, slopes, *read, *strides_of(out, packed), *down,
                 *strides_of(dq, packed), *row_strides(lse, packed), times, keys, batch, q.shape[2], group, e, c,
                 scale, cap, window, BM=tile.queries, BN=tile.keys, DOWN=dlse is not None,
-                num_warps=tile.warps, num_stages=tile.stages, **flags,
+                AGAIN=again(q.dtype, max(wide_e, wide_c)), num_warps=tile.warps, num_stages=tile.stages, **flags,
             )  # fmt: skip
         tile = plan("dkv", max(wide_e, wide_c), q.dtype, launch.family(q))
         if keys and batch:

@@ -28,15 +28,18 @@ class Tile(NamedTuple):
 
 @triton.jit
 def rows_of(
-    X, start, stride, rows, cols, HIGH: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr
-):
+    X, start, stride, rows, cols, HIGH: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
+    AGAIN: tl.constexpr = False,
+):  # fmt: skip
+    # AGAIN: what does not change in a loop is loaded in it nevertheless, for the compiler would keep it in registers.
     # The tile's address is 64 bits, an offset inside it 32: 64-bit offsets for every element would cost registers.
     row, col = tl.arange(0, HIGH), tl.arange(0, WIDE)
     at = X + start.to(tl.int64) * stride + row[:, None] * stride + col[None, :]
     if MASKED and EVEN:
-        return tl.load(at, mask=(start + row < rows)[:, None], other=0.0)
+        return tl.load(at, mask=(start + row < rows)[:, None], other=0.0, volatile=AGAIN)
     if MASKED:
-        return tl.load(at, mask=(start + row < rows)[:, None] & (col < cols)[None, :], other=0.0)
+        mask = (start + row < rows)[:, None] & (col < cols)[None, :]
+        return tl.load(at, mask=mask, other=0.0, volatile=AGAIN)
     if EVEN:
         return tl.load(at)
     return tl.load(at, mask=(col < cols)[None, :], other=0.0)
@@ -183,6 +186,11 @@ def plan(kind: str, width: int, dtype: torch.dtype, family: str) -> Tile:
 def parts(width: int) -> int:
     """Return into how many parts the features of dk and dv are cut: the sums of 256 would not fit in registers."""
     return 1 if width <= 128 else 2
+
+
+def again(dtype: torch.dtype, width: int) -> bool:
+    """Return whether queries are loaded in every step: 16 rows of 256 features in float32 leave no register."""
+    return dtype == torch.float32 and width > 128
 
 
 def strides_of(x: Tensor, packed: bool) -> tuple[int, int, int]:

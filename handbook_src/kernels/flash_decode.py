@@ -4,7 +4,7 @@
 """One new query a sequence over a paged cache of keys and values, the cache split among programs.
 
 * Decoding reads the cache and little else.  One program a key head and split: all query heads of the group share the
-  tile that it loads, padded to the 16 rows of a product.
+  tile that it loads, padded to the 16 rows of a product.  A group of more heads than registers hold is cut.
 * A sequence's keys are cut into splits, so that a batch of one keeps a whole GPU busy; a second kernel merges the parts
   by their log-sum-exp.  A split without keys weighs exp(-inf) = 0.
 * Pages are found through a block table (vLLM), lengths are read on the device: nothing waits for it.
@@ -36,22 +36,24 @@ def _slots(X, page, page_stride, slot, slot_stride, live, cols, WIDE: tl.constex
 @triton.jit
 def _split(
     Q, K, V, OUT, LSE, TABLE, LENGTHS, SLOPES,
-    q_b, q_h, k_p, k_s, k_h, v_p, v_s, v_h, table_b, heads, group, splits, page_size, e, c, scale, cap, window,
+    q_b, q_h, k_p, k_s, k_h, v_p, v_s, v_h, table_b, heads, group, cuts, splits, page_size, e, c, scale, cap, window,
     G: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr,
-    CAP: tl.constexpr, IP: tl.constexpr,
+    CAP: tl.constexpr, IP: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    kv_heads = heads // group
-    split, hk = tl.program_id(0) % splits, tl.program_id(0) // splits % kv_heads
-    b = (tl.program_id(0) // (splits * kv_heads)).to(tl.int64)
+    shares = heads // group * cuts  # of a sequence's query heads
+    split, share = tl.program_id(0) % splits, tl.program_id(0) // splits % shares
+    hk, b = share // cuts, (tl.program_id(0) // (splits * shares)).to(tl.int64)
     length = tl.load(LENGTHS + b).to(tl.int32)
     first = tl.maximum(length - window, 0) if WINDOW else length * 0
     per = tl.cdiv(tl.cdiv(length - first, splits), BN) * BN
     start = first + split * per
     end = tl.minimum(start + per, length)
-    g, col_e, col_c = tl.arange(0, G), tl.arange(0, E), tl.arange(0, C)
+    g, col_e, col_c = share % cuts * G + tl.arange(0, G), tl.arange(0, E), tl.arange(0, C)
     h = hk * group + g
     mine = g < group
-    q = tl.load(Q + b * q_b + h[:, None] * q_h + col_e[None, :], mask=mine[:, None] & (col_e < e)[None, :], other=0.0)
+    Q += b * q_b + h[:, None] * q_h + col_e[None, :]
+    q_mask = mine[:, None] & (col_e < e)[None, :]
+    q = tl.load(Q, mask=q_mask, other=0.0)
     slope = (tl.load(SLOPES + h, mask=mine, other=0.0).to(tl.float32) if ALIBI else tl.zeros([G], tl.float32))[:, None]
     top, mass = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32)
     acc = tl.zeros([G, C], tl.float32)
@@ -63,6 +65,8 @@ def _split(
         page = tl.load(TABLE + b * table_b + key // page_size, mask=live, other=0).to(tl.int64)
         slot = key % page_size
         k = _slots(K, page, k_p, slot, k_s, live, e, E)
+        if AGAIN:
+            q = tl.load(Q, mask=q_mask, other=0.0, volatile=True)
         x = tl.dot(q, tl.trans(k), input_precision=IP)
         x, unit, _ = scores(x, length - 1, key[None, :], scale, cap, slope, ALIBI, CAP)
         x = tl.where(live[None, :], x, float("-inf"))
@@ -105,6 +109,15 @@ def splits_for(keys: int, programs: int, multiprocessors: int) -> int:
     return max(1, min(-(-2 * multiprocessors // max(1, programs)), -(-keys // LEAST), 128))
 
 
+def plan(group: int, width: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return the heads and keys of a tile, and the warps: what spills no register on Hopper."""
+    heads = max(16, triton.next_power_of_2(group))
+    if dtype == torch.float32:
+        wide = width > 64
+        return min(heads, 32), max(16, BLOCK // (4 if wide else 2)), 8 if wide else 4
+    return min(heads, 64), max(16, BLOCK // (1 if width <= 128 else 2)), 4
+
+
 @torch.library.custom_op("handbook::paged_decode", mutates_args=())
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, slopes: Tensor | None, sinks: Tensor | None,
@@ -116,17 +129,18 @@ def _decode(
     if out.numel() == 0:
         return out, lse
     q, k, v, table, lengths = adjacent(q), adjacent(k), adjacent(v), adjacent(table), lengths.contiguous()
-    splits = splits_for(min(table.shape[1] * page, window or 2**31), b * g, launch.multiprocessors(q))
-    parts, lses = q.new_empty((b, h, splits, c), dtype=torch.float32), q.new_empty((b, h, splits), dtype=torch.float32)
     wide_e, wide_c = (max(16, triton.next_power_of_2(n)) for n in (e, c))
     family, width = launch.family(q), max(wide_e, wide_c)
+    heads, keys, warps = plan(h // g, width, q.dtype)
+    cuts = triton.cdiv(h // g, heads)
+    splits = splits_for(min(table.shape[1] * page, window or 2**31), b * g * cuts, launch.multiprocessors(q))
+    parts, lses = q.new_empty((b, h, splits, c), dtype=torch.float32), q.new_empty((b, h, splits), dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _split[(b * g * splits,)](
+        _split[(b * g * cuts * splits,)](
             q, k, v, parts, lses, table, lengths, slopes, q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3],
-            table.stride(0), h, h // g, splits, page, e, c, scale, cap, window,
-            G=max(16, triton.next_power_of_2(h // g)), BN=BLOCK if width <= 128 else BLOCK // 2,
-            E=wide_e, C=wide_c, WINDOW=window > 0, ALIBI=slopes is not None, CAP=cap > 0,
-            IP=precision(q.dtype, family, width), num_warps=4,
+            table.stride(0), h, h // g, cuts, splits, page, e, c, scale, cap, window, G=heads, BN=keys, E=wide_e,
+            C=wide_c, WINDOW=window > 0, ALIBI=slopes is not None, CAP=cap > 0, IP=precision(q.dtype, family, width),
+            AGAIN=q.dtype == torch.float32 and width > 64, num_warps=warps,
             num_stages=3 if family == "hopper" and q.dtype != torch.float32 else 1,
         )  # fmt: skip
         _merge[(b * h,)](

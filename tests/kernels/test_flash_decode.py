@@ -57,6 +57,15 @@ def test_heads_widths_and_pages(h, g, e, c, size, guards):
     agree(drawn([15, 33], h, g, e, c, size), {})
 
 
+@pytest.mark.parity("flash-attention")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, EVERY], ids=str)
+def test_wide_heads_and_a_group_that_is_cut(options, dtype, guards):
+    """Of 65 heads a tile holds 32 or 64; the last has one."""
+    agree(drawn([17], 65, 1, 4, 3, dtype=dtype), options)
+    agree(drawn([17], 2, 1, 256, 130, dtype=dtype), options)
+
+
 @pytest.mark.law("flash-attention")
 def test_a_sequence_without_keys(guards):
     x = drawn([0, 4])
@@ -84,6 +93,10 @@ def test_the_plan(monkeypatch):
     assert kernels.splits_for(131072, 8, 132) == 33
     assert kernels.splits_for(100, 1, 132) == 1
     assert kernels.splits_for(10**7, 1, 132) == 128
+    assert kernels.plan(4, 128, torch.bfloat16) == (16, 64, 4)
+    assert kernels.plan(71, 256, torch.float16) == (64, 32, 4)
+    assert kernels.plan(71, 64, torch.float32) == (32, 32, 4)
+    assert kernels.plan(1, 256, torch.float32) == (16, 16, 8)
 
 
 @pytest.mark.registration("flash-attention")
