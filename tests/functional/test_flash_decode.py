@@ -55,6 +55,17 @@ def test_no_keys_and_no_sequences():
     assert paged_decode_attention(q[:0], k, v, table[:0], none, return_lse=True)[1].shape == (0, 4)
 
 
+@pytest.mark.law("flash-attention")
+@pytest.mark.parametrize("option", ["window", "alibi"])
+def test_an_empty_sequence_changes_nothing_for_those_behind_it(option):
+    (q, k, v), table = drawn()
+    given = {"window": 3} if option == "window" else {"alibi": torch.rand(4, dtype=q.dtype)}
+    got = paged_decode_attention(q, k, v, table, torch.tensor([0, 11, 7]), **given)
+    alone = paged_decode_attention(q[1:], k, v, table[1:], torch.tensor([11, 7]), **given)
+    torch.testing.assert_close(got[1:], alone)
+    assert not torch.allclose(alone, paged_decode_attention(q[1:], k, v, table[1:], torch.tensor([11, 7])))
+
+
 @pytest.mark.refusal("flash-attention")
 def test_what_does_not_fit_is_refused(monkeypatch):
     (q, k, v), table = drawn()
