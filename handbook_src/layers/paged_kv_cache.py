@@ -147,6 +147,9 @@ class PagedCache(KVCache):
             self.pool.share(row)
         return other
 
+    def __copy__(self) -> PagedCache:
+        return self.fork()  # two caches on one table would give its pages back twice
+
     def _store(self, k: Tensor, v: Tensor) -> KV:
         self.pool.allocate(k, v)
         assert self.pool.k is not None

@@ -220,6 +220,22 @@ def test_forks_share_a_prompt_until_they_write() -> None:
 
 
 @pytest.mark.law("kv-cache")
+def test_a_shallow_copy_of_pages_is_a_fork() -> None:
+    pool = PagePool(pages=8, page_size=2)
+    cache = PagedCache(pool)
+    k = torch.randn(1, 3, 1, 4)
+    cache.update(k, k)
+    other = copy.copy(cache)
+    more = torch.randn(2, 1, 1, 1, 4)
+    got = [c.update(x, x)[0][:, 3:] for c, x in zip((cache, other), more, strict=True)]
+    torch.testing.assert_close(got[0], more[0])
+    torch.testing.assert_close(got[1], more[1])
+    del other  # its pages go back, and none of the original's
+    assert pool.free == 8 - len(cache.table[0])
+    torch.testing.assert_close(cache.update(more[0], more[0])[0], torch.cat([k, more[0], more[0]], 1))
+
+
+@pytest.mark.law("kv-cache")
 def test_fork_at_a_page_border_copies_nothing() -> None:
     pool = PagePool(3, 4)
     prompt = PagedCache(pool)
