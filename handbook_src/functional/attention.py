@@ -173,11 +173,15 @@ def _narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _blank(k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Zero the keys and values that no query of any head may see: 0 * NaN is NaN."""
-    seen = _allowed(bias).any(-2)
-    if seen.ndim == 3:
-        seen = seen.any(1)
+    seen = seen_by_any(bias)
     hidden = ~seen.expand(k.shape[0] if seen.ndim > 1 else 1, k.shape[1])[..., None, None]
     return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+
+
+def seen_by_any(mask: Tensor) -> Tensor:
+    """Which keys any query of any head may see: ``s``, or ``b s`` where the mask knows samples."""
+    seen = _allowed(mask).any(-2)
+    return seen.any(1) if seen.ndim == 3 else seen
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -20,6 +20,7 @@ from handbook_src.functional.attention import (
     autocasting,
     check_mask,
     scaled_dot_product_attention,
+    seen_by_any,
 )
 from handbook_src.functional.check import (
     check_floating,
@@ -28,6 +29,7 @@ from handbook_src.functional.check import (
     check_probability,
     check_size,
     check_tensors,
+    known_finite,
 )
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
@@ -49,6 +51,9 @@ class MultiHeadAttention(nn.Module):
 
     Self-attention has :math:`Y = X`; cross-attention reads a ``memory`` :math:`Y`.
     Each head is :func:`handbook_src.functional.attention.scaled_dot_product_attention`.
+
+    A position that a padding rule or a mask tensor hides from every query may hold NaN or infinity: they reach no
+    other position and no gradient of a weight, where torch's layer gives NaN times zero.  Its own output is NaN.
 
     Args:
         dim: features of ``x`` and of the output.
@@ -134,10 +139,11 @@ class MultiHeadAttention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to ``memory`` (or to ``x`` itself, and to what the cache holds)."""
+        x, memory, mask, broken = self._shielded(x, memory, mask, cache)
         q, k, v = self._project(x, memory, cache, mask, causal)
         dropout = self.dropout if self.training else 0.0
         out = scaled_dot_product_attention(q, k, v, mask, causal=causal, dropout=dropout)
-        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+        return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
 
     def weights(
         self,
@@ -159,6 +165,19 @@ class MultiHeadAttention(nn.Module):
         causal: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by head, those of the cache with them; a mask that won't fit is refused first."""
+        source = self._checked(x, memory, cache)
+        q, k, v = (
+            rearrange(proj(y), "b t (h e) -> b t h e", e=self.head_dim)
+            for proj, y in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
+        )
+        q, k = self._turned(q, k, memory, cache)
+        if cache is not None:
+            check_ahead(cache, q, mask, causal)
+            k, v = cache.update(k, v)
+        return q, k, v
+
+    def _checked(self, x: Tensor, memory: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        """Refuse what the projections would stumble over; return what keys and values are made of."""
         if cache is not None and memory is not None:
             raise ConfigError(
                 "cache with memory",
@@ -179,15 +198,38 @@ class MultiHeadAttention(nn.Module):
                 want=f"x (b, t, {self.dim}), memory (b, s, {self.kv_dim})",
                 remedy="Give kv_dim= where the memory is of another width.",
             )
-        q, k, v = (
-            rearrange(proj(y), "b t (h e) -> b t h e", e=self.head_dim)
-            for proj, y in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
-        )
-        q, k = self._turned(q, k, memory, cache)
-        if cache is not None:
-            check_ahead(cache, q, mask, causal)
-            k, v = cache.update(k, v)
-        return q, k, v
+        return source
+
+    def _shielded(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        mask: MaskLike | None,
+        cache: KeyValueCache | None,
+        by_key: bool = False,
+    ) -> tuple[Tensor, Tensor | None, MaskLike | None, Tensor | None]:
+        """Zero what is not finite where ``mask`` hides it from all; say where the output is NaN for it, ``b t 1``.
+
+        A mask that was written out for it is returned in the rule's place.  With ``by_key`` none is: only rules
+        about keys alone are asked, about one query.
+        """
+        source = self._checked(x, memory, cache)
+        if mask is None or (isinstance(mask, Mask) and mask.batch is None) or known_finite(source):
+            return x, memory, mask, None  # rules that know no samples hold no padding
+        if (cache is not None and not hasattr(cache, "after")) or len(source) != len(x):
+            return x, memory, mask, None  # nobody knows which keys the mask means
+        if by_key and isinstance(mask, Mask) and mask.positional:
+            return x, memory, mask, None
+        (b, t, _), keys = x.shape, source.shape[1]
+        s = keys if cache is None else cache.after(keys)
+        check_mask(mask, b, self.heads, t, s)
+        written: MaskLike | None = mask
+        if isinstance(mask, Mask):
+            written = mask.sdpa(1, s, offset=0, device=x.device) if by_key else mask.sdpa(t, s, device=x.device)
+        assert isinstance(written, Tensor)  # ``full`` knows no samples
+        hidden = ~seen_by_any(written)[..., s - keys :] & ~source.isfinite().all(-1)
+        source = source.masked_fill(hidden[..., None], 0.0)
+        return (source, None, written, hidden[..., None]) if memory is None else (x, source, written, None)
 
     def _turned(
         self, q: Tensor, k: Tensor, memory: Tensor | None, cache: KeyValueCache | None
@@ -296,6 +338,11 @@ def check_ahead(cache: object, q: Tensor, mask: MaskLike | None, causal: bool) -
     b, t, h, _ = q.shape
     for rule in (mask, causal_rule if causal else None):
         check_mask(rule, b, h, t, after(t))
+
+
+def with_broken(out: Tensor, broken: Tensor | None) -> Tensor:
+    """Write NaN where a position came in broken, which no gradient passes."""
+    return out if broken is None else out.masked_fill(broken, math.nan)
 
 
 def _part(old: Tensor, index: Tensor, dim: int) -> nn.Parameter:

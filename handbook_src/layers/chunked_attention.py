@@ -12,8 +12,8 @@ from torch import Tensor
 
 from handbook_src.functional.check import check_size
 from handbook_src.functional.chunked_attention import check_lengths, chunk_rule, chunked_attention
-from handbook_src.functional.mask import Mask
-from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention, check_input
+from handbook_src.functional.mask import Mask, padding
+from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention, check_input, with_broken
 
 
 class PatternAttention(SelfAttention, ABC):
@@ -44,9 +44,11 @@ class PatternAttention(SelfAttention, ABC):
         if lengths is not None:
             check_input(type(self).__name__, x, self.q_proj)
             check_lengths(type(self).__name__, lengths, x)
+        padded = None if lengths is None else padding(lengths)
+        x, _, _, broken = self._shielded(x, None, padded, cache, by_key=True)
         q, k, v = self._project(x, None, cache)
         out = self._attend(q, k, v, lengths, self.dropout if self.training else 0.0)
-        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+        return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
 
 
 @final

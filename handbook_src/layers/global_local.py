@@ -14,7 +14,7 @@ from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_size
 from handbook_src.functional.global_local import global_local_attention, position_numbers
 from handbook_src.functional.mask import Mask
-from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.attention import MultiHeadAttention, with_broken
 
 
 @final
@@ -92,6 +92,7 @@ class LongformerAttention(MultiHeadAttention):
         mask: Mask | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Attend within the window, to the global ``positions`` and from them; ``mask`` is a further rule (padding)."""
+        x, _, _, broken = self._shielded(x, None, mask, None, by_key=True)
         q, k, v = self._project(x, None, None)
         out = global_local_attention(
             q,
@@ -104,7 +105,7 @@ class LongformerAttention(MultiHeadAttention):
             mask=mask,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+        return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
 
     def _project_global(self, x: Tensor, positions: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the global positions, keys and values of all."""

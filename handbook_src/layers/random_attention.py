@@ -13,7 +13,7 @@ from handbook_src.errors import ConfigError
 from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.random_attention import bigbird_layout, bigbird_rule, random_attention
-from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.attention import MultiHeadAttention, with_broken
 
 
 @final
@@ -74,6 +74,7 @@ class BigBirdAttention(MultiHeadAttention):
         self, x: Float[Tensor, "b t d"], mask: Mask | None = None
     ) -> Float[Tensor, "b t d"]:
         """Attend to the granted blocks; ``mask`` is a further rule (padding)."""
+        x, _, _, broken = self._shielded(x, None, mask, None, by_key=True)
         q, k, v = self._project(x, None, None)
         out = random_attention(
             q,
@@ -87,7 +88,7 @@ class BigBirdAttention(MultiHeadAttention):
             mask=mask,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+        return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
 
     def weights(  # type: ignore[override]
         self, x: Float[Tensor, "b t d"], mask: Mask | None = None

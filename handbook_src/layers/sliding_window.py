@@ -14,7 +14,7 @@ from handbook_src.functional.block_sparse import block_sparse_attention
 from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.sliding_window import sliding_window_attention, window_rule
-from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention
+from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention, with_broken
 
 
 @final
@@ -86,13 +86,14 @@ class SlidingWindowAttention(SelfAttention):
         if mask is not None and not isinstance(mask, Mask):
             return super().forward(x, mask, cache)
         rule = None if mask is None else self.rule & mask
+        x, _, _, broken = self._shielded(x, None, mask, cache, by_key=True)
         q, k, v = self._project(x, None, cache, rule)
         dropout = self.dropout if self.training else 0.0
         if rule is None:
             out = sliding_window_attention(q, k, v, self.window, causal=self.causal, dropout=dropout)
         else:
             out = block_sparse_attention(q, k, v, rule, dropout=dropout)
-        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+        return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
 
     def extra_repr(self) -> str:
         return f"{MultiHeadAttention.extra_repr(self)}, window={self.window}, causal={self.causal}"

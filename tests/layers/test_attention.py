@@ -6,7 +6,8 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -22,6 +23,14 @@ from handbook_src.layers.attention import (
     MultiHeadAttention,
     SelfAttention,
 )
+from handbook_src.layers.chunked_attention import ChunkedAttention
+from handbook_src.layers.dilated_attention import DilatedAttention
+from handbook_src.layers.global_local import LongformerAttention
+from handbook_src.layers.grouped_query import GroupedQueryAttention
+from handbook_src.layers.kv_cache import AppendCache
+from handbook_src.layers.random_attention import BigBirdAttention
+from handbook_src.layers.rope import RotaryEmbedding
+from handbook_src.layers.sliding_window import SlidingWindowAttention
 from handbook_src.testing import (
     assert_batch_independent,
     assert_causal,
@@ -408,3 +417,83 @@ def test_inputs_of_the_wrong_kind_are_refused() -> None:
         layer(x, cache="a")
     with torch.autocast("cpu", torch.bfloat16):  # joins dtypes by itself
         assert layer(x.bfloat16()).shape == x.shape
+
+
+SHIELDED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "multi-head": (lambda: MultiHeadAttention(8, 2), "mask"),
+    "self, causal": (lambda: CausalAttention(8, 2), "mask"),
+    "cross": (lambda: CrossAttention(8, 8, 2), "memory"),
+    "grouped": (lambda: GroupedQueryAttention(8, 2, kv_heads=1, rope=RotaryEmbedding(4)), "mask"),
+    "window": (lambda: SlidingWindowAttention(8, 2, window=3), "mask"),
+    "chunked": (lambda: ChunkedAttention(8, 2, chunk=3), "lengths"),
+    "dilated": (lambda: DilatedAttention(8, 2, reach=2, dilation=2), "lengths"),
+    "longformer": (lambda: LongformerAttention(8, 2, window=3), "mask"),
+    "bigbird": (lambda: BigBirdAttention(8, 2, block_size=2), "mask"),
+}
+
+
+@pytest.mark.law(
+    "multi-head-attention", "causal-attention", "cross-attention", "sliding-window-attention", "chunked-attention",
+    "dilated-attention", "global-local-attention", "random-attention", "gqa",
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, "rule") for name in SHIELDED]
+    + [(name, form) for name in list(SHIELDED)[:5] for form in ("tensor", "added")],  # the others take no tensor
+)
+def test_nan_in_padding_reaches_no_weight(name: str, form: str) -> None:
+    make, kind = SHIELDED[name]
+    lengths = torch.tensor([9, 5])
+    mask: Any = padding(lengths)
+    if form != "rule":
+        mask = mask.dense(9)
+        mask = mask if form == "tensor" else torch.zeros(2, 1, 9, 9).double().masked_fill(~mask, -math.inf)
+    layer, kept = make().double(), torch.arange(9) < lengths[:, None]
+    x, whole = torch.randn(2, 9, 8).double(), torch.randn(2, 9, 8).double()
+
+    def run(fill: float) -> tuple[Tensor, list[Tensor]]:
+        layer.zero_grad()
+        y = x.masked_fill(~kept[..., None], fill)
+        out = layer(whole, y, mask) if kind == "memory" else layer(y, **{kind: lengths if kind == "lengths" else mask})
+        out = out if kind == "memory" else out[kept]
+        out.square().sum().backward()
+        return out.detach(), [p.grad for p in layer.parameters() if p.grad is not None]
+
+    want, grads = run(0.0)
+    for fill in (math.nan, math.inf):
+        got, theirs = run(fill)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(theirs, grads)
+
+
+@pytest.mark.law("multi-head-attention")
+def test_nan_that_is_seen_stays_seen() -> None:
+    layer, x = MultiHeadAttention(8, 2), torch.randn(2, 6, 8)
+    x[0, 2], x[1, 5] = math.nan, math.nan
+    out = layer(x, mask=padding(torch.tensor([6, 4])))
+    assert out[0].isnan().all()  # every query sees position 2
+    assert out[1, :5].isfinite().all()
+    assert out[1, 5].isnan().all()  # a padded query says what it was given
+
+
+@pytest.mark.law("causal-attention")
+@torch.no_grad()
+def test_nan_in_left_padding_stays_out_of_a_cache() -> None:
+    layer, x, mask = CausalAttention(8, 2), torch.randn(2, 6, 8), left_padding(torch.tensor([0, 2]))
+    x[1, :2] = math.nan
+    cache = AppendCache()
+    got = torch.cat([layer(part, mask, cache=cache) for part in x.split([4, 2], 1)], 1)
+    torch.testing.assert_close(got[0], layer(x[:1])[0])
+    torch.testing.assert_close(got[1, 2:], layer(x[1:, 2:])[0])
+    assert all(kept.isfinite().all() for kept in cache.update(*(torch.zeros(2, 0, 2, 4),) * 2))
+
+
+@pytest.mark.registration("multi-head-attention")
+@pytest.mark.usefixtures("unchecked")
+def test_compiled_layers_shield_their_padding_too() -> None:
+    layer, x, mask = MultiHeadAttention(8, 2), torch.randn(2, 6, 8), padding(torch.tensor([6, 4])).dense(6)
+    x[1, 4:] = math.nan
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, mask=mask), layer(x, mask=mask), equal_nan=True)
+    compiled(x, mask=mask)[1, :4].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
