@@ -310,11 +310,13 @@ def filled(keys: Float[Tensor, "b s h e"], lengths: Int[Tensor, " b"] | None) ->
 @torch.no_grad()
 def _search(q: Tensor, keys: Tensor, k: int, lengths: Tensor | None, index: str | None) -> tuple[Tensor, Tensor | None]:
     """The nearest keys, and their products with the queries where the search has computed them."""
-    stored, seen = filled(keys, lengths), None
+    stored, seen = filled(keys, lengths)[:, :, None].expand(keys.shape[:3]), None
     q, keys = (at_least_float32(x.detach()) for x in (q, keys))
-    if lengths is not None or index is not None or not known_finite(keys):
-        seen = stored[:, :, None] & keys.isfinite().all(-1)
+    if not known_finite(keys):
+        seen = stored & keys.isfinite().all(-1)
         keys = keys.masked_fill(~seen[..., None], 0.0)
+    elif index is not None or not stored.all():
+        seen = stored
     return _exact(q, keys, seen, k) if seen is None or index is None else (_by_faiss(q, keys, seen, k, index), None)
 
 
