@@ -163,9 +163,8 @@ class Mask:
 
         s = t if s is None else s
         start = self._start(t, s, offset)
-        if 0 in (t, s):
-            want, remedy = "at least one query and one key", "An empty batch of positions needs no mask."
-            raise ConfigError("block mask", got=f"t={t}, s={s}", want=want, remedy=remedy)
+        for what, n in (("queries", t), ("keys", s)):
+            _at_least(what, n, 1)  # torch makes none of nothing
         return create_block_mask(self.flex(offset=start), self.batch, self.heads, t, s, device=str(device))
 
     def _start(self, t: int, s: int, offset: int | None) -> int:
@@ -453,15 +452,11 @@ def _at_least(what: str, value: Any, low: int) -> None:
 
 
 def _check_sizes(t: Any, s: Any, offset: Any) -> None:
-    """Lengths and the offset are integers, lengths not negative; under a compiler they may be symbols."""
-    for what, n, low in (
-        ("queries", t, 0),
-        ("keys", s, 0),
-        ("offset of the queries", 0 if offset is None else offset, None),
-    ):
-        if not isinstance(n, int | torch.SymInt) or isinstance(n, bool) or (low is not None and n < low):
-            want = "an integer" if low is None else "an integer of at least 0"
-            raise ConfigError(what, got=repr(n), want=want, remedy="Count positions.")
+    """Lengths are integers, not negative, and so is an offset, which may be; under a compiler they may be symbols."""
+    for what, n in (("queries", t), ("keys", s), ("offset", offset)):
+        if isinstance(n, torch.SymInt) or (what == "offset" and (n is None or (type(n) is int and n < 0))):
+            continue
+        _at_least(what, n, 0)
 
 
 def _one_a_sample(what: str, counts: Any) -> None:

@@ -292,7 +292,7 @@ def test_sizes_of_a_mask_are_whole_numbers(form: str) -> None:
         with refuses(ConfigError, "offset", wrong):
             write(4, 4, offset=wrong)
     if form == "block_mask":
-        with refuses(ConfigError, "t=0, s=4"):
+        with refuses(ConfigError, "queries", 0, "at least 1"):
             write(0, 4)
 
 
