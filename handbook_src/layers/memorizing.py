@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.attention import MaskLike, scaled_dot_product_attention
+from handbook_src.functional.attention import MaskLike, scaled_dot_product_attention, seen_by_any
 from handbook_src.functional.check import (
     check_features,
     check_parameter_dtype,
@@ -21,6 +21,7 @@ from handbook_src.functional.check import (
     check_tensors,
 )
 from handbook_src.functional.knn_memory import knn_attention, memory_gate, normalize_heads
+from handbook_src.functional.mask import Mask
 from handbook_src.layers.attention import check_input
 
 
@@ -98,17 +99,39 @@ class KNNMemory:
 
     @torch.inference_mode(False)  # what is made in inference mode could not be written to or trained on outside
     @torch.no_grad()
-    def add(self, k: Float[Tensor, "b t h e"], v: Float[Tensor, "b t h e"]) -> None:
+    def add(
+        self, k: Float[Tensor, "b t h e"], v: Float[Tensor, "b t h e"], real: Bool[Tensor, "b t"] | None = None
+    ) -> None:
         """Store the keys and values of new tokens, over the oldest where there is no room.
 
+        Args:
+            k: keys.
+            v: values.
+            real: which tokens are no padding; all unless given.
+
         Raises:
-            ShapeError: not ``b t h e``, or another batch, head layout, dtype or device than before.
+            ShapeError: not ``b t h e``, or another batch, head layout, dtype or device than before; not one
+                boolean a token.
         """
         self._check(k, v)
+        if real is not None:
+            check_tensors("KNNMemory", real)
+            if real.dtype != torch.bool or real.shape != k.shape[:2]:
+                got, want = f"{tuple(real.shape)} of {real.dtype}", f"{tuple(k.shape[:2])} booleans"
+                raise ShapeError("KNNMemory.add real", got=got, want=want, remedy="True where a token is no padding.")
         if self._keys is None or self._values is None:
             shape = (k.shape[0], self.size, *k.shape[2:])
             self._keys, self._values = k.new_zeros(shape), v.new_zeros(shape)
             self._seen = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
+        if real is not None:
+            place = real.cumsum(1) - 1  # among the sample's own tokens
+            kept = real & (place >= place[:, -1:] + 1 - self.size) if k.shape[1] else real
+            sample, new = kept.nonzero(as_tuple=True)
+            slot = (self._seen[sample] + place[sample, new]) % self.size
+            self._keys[sample, slot] = k.detach()[sample, new]
+            self._values[sample, slot] = v.detach()[sample, new]
+            self._seen = self._seen + real.sum(1)
+            return
         t = k.shape[1]
         new = torch.arange(max(0, t - self.size), t, device=k.device)  # more than fits: the last ones
         slot = (self._seen[:, None] + new) % self.size
@@ -239,7 +262,7 @@ class MemorizingAttention(nn.Module):
             x: one segment; the next call brings the next one.
             memory: what earlier segments left; local attention alone unless given.
             mask: a further rule, or a bias added to the local scores (T5's in the paper); the
-                memory has no positions.
+                memory has no positions.  What a padding rule or a mask tensor hides from every query is not stored.
 
         Raises:
             ShapeError: other features, a mask of another shape, a memory of another batch.
@@ -259,8 +282,17 @@ class MemorizingAttention(nn.Module):
             retrieved = memory.attend(q, self.k, scale=1.0)
             present = memory.lengths > 0 if len(memory.lengths) else x.new_zeros(len(x), dtype=torch.bool)
             out = memory_gate(out, retrieved, self.gate_bias, present)
-            memory.add(k, v)
+            memory.add(k, v, self._real(mask, q))
         return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+
+    @staticmethod
+    def _real(mask: MaskLike | None, q: Tensor) -> Tensor | None:
+        """Which tokens any query may see, ``b t``; None where the mask knows no samples and so no padding."""
+        b, t = q.shape[:2]
+        if mask is None or q.is_meta or (isinstance(mask, Mask) and mask.batch is None):
+            return None
+        written = mask.sdpa(t, t, device=q.device) if isinstance(mask, Mask) else mask
+        return None if written is None else seen_by_any(written).expand(b, t)
 
     def gates(self) -> Float[Tensor, " h"]:
         """Return each head's gate, :math:`g`: 0 is local attention alone, 1 the memory alone."""

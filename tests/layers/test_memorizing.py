@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, KernelUnavailable, ShapeError
-from handbook_src.functional.mask import window
+from handbook_src.functional.mask import padding, window
 from handbook_src.layers.memorizing import KNNMemory, MemorizingAttention
 from handbook_src.testing import assert_batch_independent, assert_causal, assert_parity, refuses
 
@@ -323,3 +323,32 @@ def test_an_index_that_is_no_string_and_queries_before_the_first_key() -> None:
             KNNMemory(4, index=bad)
     with refuses(ShapeError, "torch.int64"):
         KNNMemory(4).attend(torch.ones(1, 1, 1, 2, dtype=torch.int64), 2)
+
+
+@pytest.mark.law("memorizing-transformer")
+@pytest.mark.parametrize("size", [20, 4])
+@pytest.mark.parametrize("form", ["rule", "boolean", "added"])
+def test_padding_is_not_remembered(size: int, form: str) -> None:
+    layer, x, counts = MemorizingAttention(8, 2, k=3), torch.randn(2, 6, 8), torch.tensor([6, 3])
+    mask = padding(counts)
+    if form != "rule":
+        mask = mask.dense(6)
+        mask = mask if form == "boolean" else torch.zeros(2, 1, 6, 6).masked_fill(~mask, -torch.inf)
+    memory, alone = KNNMemory(size), KNNMemory(size)
+    layer(x, memory, mask), layer(x[1:, :3], alone)
+    assert memory.lengths.tolist() == [min(6, size), 3]
+    later = torch.randn(2, 4, 8)
+    torch.testing.assert_close(layer(later, memory)[1:], layer(later[1:], alone))
+    torch.testing.assert_close(layer(later, memory)[1:], layer(later[1:], alone))  # and what stands where goes on
+
+
+@pytest.mark.refusal("memorizing-transformer")
+def test_what_marks_no_tokens_is_refused() -> None:
+    k = torch.randn(2, 3, 2, 4)
+    for wrong in (torch.ones(2, 4) > 0, torch.ones(2, 3), torch.ones(3) > 0):
+        with refuses(ShapeError, "KNNMemory.add real", tuple(wrong.shape), wrong.dtype):
+            KNNMemory(4).add(k, k, wrong)
+    memory = KNNMemory(4)
+    memory.add(k, k, torch.zeros(2, 3) > 0)
+    assert memory.lengths.tolist() == [0, 0]
+    memory.add(k[:, :0], k[:, :0], torch.zeros(2, 0) > 0)
