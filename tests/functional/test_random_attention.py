@@ -10,8 +10,9 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import scaled_dot_product_attention
+from handbook_src.functional.block_plan import _kept as _kept_plans
 from handbook_src.functional.mask import causal, padding
-from handbook_src.functional.random_attention import bigbird_layout, bigbird_rule, random_attention
+from handbook_src.functional.random_attention import _granted, bigbird_layout, bigbird_rule, random_attention
 from handbook_src.testing import assert_parity, refuses
 
 BIGBIRD = "random-attention"
@@ -174,3 +175,20 @@ def test_blocks_may_be_longer_than_the_sequence() -> None:
     q, k, v = qkv()
     found = random_attention(q, k, v, block_size=10**9)
     torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.law("random-attention")
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_a_layout_is_planned_once(heads: tuple[int, ...]) -> None:
+    q, layout = torch.randn(1, 8, 2, 4), torch.eye(4).bool().expand(*heads, 4, 4).clone()
+    _granted.cache_clear()
+    plans = _kept_plans.cache_info().misses
+    want = random_attention(q, q, q, layout=layout, block_size=2)
+    torch.testing.assert_close(random_attention(q, q, q, layout=layout.clone(), block_size=2), want)
+    assert _kept_plans.cache_info().misses == plans + 1
+    assert (_granted.cache_info().hits, _granted.cache_info().misses) == (1, 1)
+    layout[..., 0, 3] = True  # written over: another layout
+    changed = random_attention(q, q, q, layout=layout, block_size=2)
+    assert not torch.allclose(changed[:, :2], want[:, :2])
+    torch.testing.assert_close(changed[:, 2:], want[:, 2:])
+    assert _kept_plans.cache_info().misses == plans + 2
