@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError
+from handbook_src.functional.attention import scaled_dot_product_attention
 from handbook_src.functional.check import check_size
-from handbook_src.functional.linformer import linformer_attention, linformer_weights
+from handbook_src.functional.linformer import linformer_attention, linformer_weights, mix
 from handbook_src.functional.mask import Mask
 from handbook_src.layers.attention import MultiHeadAttention
 
@@ -99,10 +100,26 @@ class LinformerAttention(MultiHeadAttention):
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to mixtures of ``memory`` (or of ``x`` itself); ``causal`` is refused."""
         _refuse_causal(causal)
-        q, k, v = self._project(x, memory, None)
         dropout = self.dropout if self.training else 0.0
-        out = linformer_attention(q, k, v, self.key_projection, self.value_projection, mask, dropout=dropout)
+        if mask is None and self.share != "none":
+            out = scaled_dot_product_attention(*self._mixed(x, memory), dropout=dropout)
+        else:
+            q, k, v = self._project(x, memory, None)
+            out = linformer_attention(q, k, v, self.key_projection, self.value_projection, mask, dropout=dropout)
         return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+
+    def _mixed(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix tokens before they become keys and values, E (X W) = (E X) W: fewer rows meet the weights."""
+        source = self._checked(x, memory, None)
+        made = [self.q_proj(x)]
+        for proj, projection in ((self.k_proj, self.key_projection), (self.v_proj, self.value_projection)):
+            projection = self.key_projection if projection is None else projection
+            y = proj(mix(source[:, :, None], projection)[:, :, 0])
+            if proj.bias is not None:  # a mixture holds the bias as often as it holds a token
+                y = y + ((projection[:, : source.shape[1]].sum(1, keepdim=True) - 1) * proj.bias).to(y.dtype)
+            made.append(y)
+        q, k, v = (rearrange(y, "b t (h e) -> b t h e", e=self.head_dim) for y in made)
+        return q, k, v
 
     def weights(
         self,
