@@ -26,6 +26,7 @@ from handbook_src.functional.check import (
 )
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
+from handbook_src.functional.norm import at_least_float32, statistic_dtype
 
 MaskLike = Mask | Bool[Tensor, "..."] | Float[Tensor, "..."]
 
@@ -185,14 +186,14 @@ def seen_by_any(mask: Tensor) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)  # products of finite halves may be infinite
+    wide = statistic_dtype(q)  # products of finite halves may be infinite
     k = _for_each_head(k, q)
     return masked_softmax(torch.einsum("bthe,bshe->bhts", q.to(wide), k.to(wide)) * scale, mask)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax over the allowed keys, in float32 or better; an empty row is zero."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = at_least_float32(scores)
     if mask is None:
         return scores.softmax(-1)
     hidden = ~_allowed(mask)

@@ -14,6 +14,7 @@ from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.functional.check import check_features, check_floating, check_rank
 from handbook_src.functional.conv_input import check_alike
 from handbook_src.functional.embedding import check_range, check_settings, check_table, check_tokens
+from handbook_src.functional.norm import statistic_dtype
 
 _OP = "char_cnn"
 #: Ids of :func:`word_bytes`: 0 pads, 1 to 256 are the bytes, then the two ends of a word.
@@ -119,7 +120,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor, runs: Backend) -> Tensor:
     """Answers of every filter at every window, ``words windows filters``."""
     if runs == "torch":
         return F.conv1d(x.transpose(1, 2), weight, bias).transpose(1, 2)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = statistic_dtype(x)
     windows = x.to(wide).unfold(1, weight.shape[2], 1)  # words windows d width
     return windows.flatten(2) @ weight.to(wide).flatten(1).T + bias.to(wide)
 

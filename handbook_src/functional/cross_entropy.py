@@ -16,6 +16,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, Resolved, needs_for_triton, resolve
 from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.functional.check import check_floating, check_probability
+from handbook_src.functional.norm import at_least_float32
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -82,7 +83,7 @@ def cross_entropy(
 
 def _written_out(x: Tensor, target: Tensor, ignore_index: int, smoothing: float, z_loss: float) -> Tensor:
     counted = target != ignore_index
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     x = torch.where(counted[..., None], x, 0.0)  # what is ignored may be NaN
     top = x.amax(-1, keepdim=True).detach()
     top = torch.where(top.isinf(), 0.0, top)  # a row of -inf has no probabilities; torch says NaN too

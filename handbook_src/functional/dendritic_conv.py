@@ -21,6 +21,7 @@ from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import as_tuple, check_floating, check_rank, check_size
 from handbook_src.functional.conv import conv4d
 from handbook_src.functional.conv_input import check_alike
+from handbook_src.functional.norm import at_least_float32
 
 
 class Incidence(NamedTuple):
@@ -267,7 +268,7 @@ def _check_incidence(op: str, incidence: Incidence, device: torch.device) -> Non
 
 def _mean(x: Tensor, source: Tensor, target: Tensor, targets: int) -> Tensor:
     """Mean over the rows of ``x`` that go to each target, zero where none does; at least in float32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = at_least_float32(x)
     total = wide.new_zeros(targets, *x.shape[1:]).index_add(0, target, wide.index_select(0, source))
     count = wide.new_zeros(targets).index_add(0, target, torch.ones_like(target, dtype=wide.dtype))
     return (total / count.clamp_min(1).view(-1, *[1] * (x.ndim - 1))).to(x.dtype)

@@ -21,6 +21,7 @@ from handbook_src.functional.attention import (
 from handbook_src.functional.check import check_finite, check_floating, check_size, check_tensors
 from handbook_src.functional.flash_attention import bands
 from handbook_src.functional.mask import causal as causal_rule
+from handbook_src.functional.norm import statistic_dtype
 
 
 def differential_attention(
@@ -67,7 +68,7 @@ def differential_attention(
     """
     _check(q, k, v, lam)
     chosen = resolve("differential_attention", backend, {"torch": None, "reference": None})
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = statistic_dtype(v)
     if chosen == "torch" and mask is None and _banded(q, k, v):
         return _in_bands(q, k, v, lam, causal, scale)
     if chosen == "reference":  # the two means in float32 too, where torch's come rounded
@@ -153,7 +154,7 @@ def differential_lambda(
         raise ShapeError(
             "differential_lambda vectors", got=shapes, want="four of one length", remedy="One a map's width."
         )
-    wide = torch.promote_types(q1.dtype, torch.float32)
+    wide = statistic_dtype(q1)
     plus, minus = ((a.to(wide) * b.to(wide)).sum().exp() for a, b in ((q1, k1), (q2, k2)))
     return plus - minus + init
 

@@ -18,6 +18,7 @@ from handbook_src.functional.check import check_size
 from handbook_src.functional.chunked_attention import check_pattern, shielded
 from handbook_src.functional.mask import Mask, dilated, padding, window
 from handbook_src.functional.mask import causal as causal_rule
+from handbook_src.functional.norm import statistic_dtype
 from handbook_src.functional.partial_softmax import Partial, join, partial_softmax
 from handbook_src.functional.sliding_window import sliding_window_attention
 
@@ -219,7 +220,7 @@ def longnet_attention(
     pairs = list(zip(segments, dilations, strict=True))
     if shielded("longnet_attention", backend, q, k, v) == "reference":
         counts = longnet_counts(q.shape[1], q.shape[2], segments, dilations, causal, device=q.device)
-        bias = counts.to(torch.promote_types(q.dtype, torch.float32)).log()[None]
+        bias = counts.to(statistic_dtype(q)).log()[None]
         return scaled_dot_product_attention(q, k, v, bias, scale=scale, dropout=dropout, backend="reference")
     groups = q.shape[2] // k.shape[2]
     k, v = (x if groups == 1 else repeat(x, "b s g e -> b s (g r) e", r=groups) for x in (k, v))

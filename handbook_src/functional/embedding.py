@@ -12,6 +12,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_floating, check_positive
+from handbook_src.functional.norm import statistic_dtype
 
 
 def embedding(
@@ -77,7 +78,7 @@ def renormalise_(weight: Float[Tensor, "v d"], input: Int[Tensor, "*lead"], max_
     """Shorten, in place, the rows named in ``input`` that are longer than ``max_norm``."""
     with torch.no_grad():
         tokens = input.unique()
-        wide = weight[tokens].to(torch.promote_types(weight.dtype, torch.float32))
+        wide = weight[tokens].to(statistic_dtype(weight))
         length = torch.linalg.vector_norm(wide, norm_type, dim=1, keepdim=True)
         shorter = torch.where(length > max_norm, wide * (max_norm / (length + 1e-7)), wide)
         weight[tokens] = shorter.to(weight.dtype)

@@ -35,6 +35,7 @@ from handbook_src.functional.check import (
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.mask import causal as causal_rule
 from handbook_src.functional.mask import window as window_rule
+from handbook_src.functional.norm import statistic_dtype
 from handbook_src.functional.position import alibi_bias
 
 OP = "flash_attention"
@@ -248,7 +249,7 @@ def bands(t: int, s: int, causal: bool, window: int | None, device: torch.device
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, o: Options, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     """The formula as it stands, in float32 at least; a row of scores is never empty, for a query sees itself."""
-    wide, t, s, rule = torch.promote_types(q.dtype, torch.float32), q.shape[1], k.shape[1], _rule(o)
+    wide, t, s, rule = statistic_dtype(q), q.shape[1], k.shape[1], _rule(o)
     broken, mask = None, None if rule is None else rule.dense(t, s, device=q.device)
     if not known_finite(q, k, v):
         (q, k, v), (bad_q, bad_k, bad_v) = without_nan(q, k, v)

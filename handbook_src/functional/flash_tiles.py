@@ -22,6 +22,7 @@ from handbook_src.functional.attention import broken_rows, check_numbers, check_
 from handbook_src.functional.block_sparse import finite
 from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import causal as causal_rule
+from handbook_src.functional.norm import statistic_dtype
 
 
 @dataclass
@@ -210,13 +211,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Walk over the queries; for each tile of them, over the keys."""
     out = torch.empty_like(q)
-    lse = q.new_empty(*q.shape[:-1], 1, dtype=_wide(q))
+    lse = q.new_empty(*q.shape[:-1], 1, dtype=statistic_dtype(q))
     for rows in _steps(q.shape[-2], tiles.rows):
-        q_i = memory.load(q, rows).to(_wide(q)) * scale
+        q_i = memory.load(q, rows).to(statistic_dtype(q)) * scale
         best = torch.full_like(q_i[..., :1], -math.inf)
         total, mixed = torch.zeros_like(best), torch.zeros_like(q_i)
         for columns in _steps(_visible(rows, q, k, causal), tiles.columns):
-            k_j, v_j = (memory.load(x, columns).to(_wide(q)) for x in (k, v))
+            k_j, v_j = (memory.load(x, columns).to(statistic_dtype(q)) for x in (k, v))
             scores = _hidden(q_i @ k_j.mT, rows, columns, q, k, causal)
             memory.hold(q_i, k_j, v_j, scores, mixed, best, total)
             higher = torch.maximum(best, scores.amax(-1, keepdim=True))
@@ -243,7 +244,7 @@ def _backward(
     memory: SlowMemory,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Walk over the keys; for each tile of them, over the queries, whose gradient is added up in slow memory."""
-    wide = _wide(q)
+    wide = statistic_dtype(q)
     dq = torch.zeros_like(q, dtype=wide)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     delta = torch.empty_like(lse)
@@ -307,10 +308,6 @@ def standard_attention(
     memory.store(weights, every, memory.load(scores, every).softmax(-1))
     memory.store(out, every, memory.load(weights, every) @ memory.load(v, every))
     return out.transpose(1, 2)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _steps(length: int, size: int) -> Iterator[slice]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, Resolved, needs_for_triton, resolve
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_floating, check_positive, check_size
+from handbook_src.functional.norm import statistic_dtype
 
 #: What may be applied to the gate.
 Gate = Literal["sigmoid", "relu", "gelu", "gelu_tanh", "silu"]
@@ -64,7 +65,7 @@ def gated(
         return glu_triton(gate, value, activation)
     if runs == "torch":
         return _of_torch(gate, activation) * value
-    wide = torch.promote_types(gate.dtype, torch.float32)
+    wide = statistic_dtype(gate)
     return (_written_out(gate.to(wide), activation) * value.to(wide)).to(gate.dtype)
 
 

@@ -17,6 +17,7 @@ from handbook_src.functional.check import (
     check_size,
     check_tensors,
 )
+from handbook_src.functional.norm import statistic_dtype
 
 
 def knn_probabilities(
@@ -52,7 +53,7 @@ def knn_probabilities(
     check_size("knn_probabilities", "vocab_size", vocab_size)
     check_positive("knn_probabilities", "temperature", temperature)
     _check_neighbours(distances, tokens, vocab_size)
-    wide = torch.promote_types(distances.dtype, torch.float32)
+    wide = statistic_dtype(distances)
     missing = (tokens < 0) | (distances == math.inf)
     empty = missing.all(-1, keepdim=True)
     scores = (-distances.to(wide) / temperature).masked_fill(missing, -math.inf).masked_fill(empty, 0.0)
@@ -100,7 +101,7 @@ def knn_lm_log_probs(
             want="the same leading axes",
             remedy="One row of neighbours for each row of logits.",
         )
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    wide = statistic_dtype(logits)
     p_knn = knn_probabilities(distances.to(wide), tokens, logits.shape[-1], temperature=temperature)
     check_one_device("knn_lm", logits, distances)
     log_lm = logits.to(wide).log_softmax(-1)

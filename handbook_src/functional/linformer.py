@@ -12,6 +12,7 @@ from handbook_src.functional.attention import attention_weights, scaled_dot_prod
 from handbook_src.functional.check import check_floating, check_one_device, check_tensors
 from handbook_src.functional.linear_attention import check_qkv, exactly, hidden_to_zero, key_mask
 from handbook_src.functional.mask import Mask
+from handbook_src.functional.norm import statistic_dtype
 
 
 def linformer_attention(
@@ -130,7 +131,7 @@ def mix(
     if s > projection.shape[-1]:
         want = f"at most {projection.shape[-1]}, the length that it was made for"
         raise ShapeError("Linformer sequence", got=s, want=want, remedy="Cut it, or make the projection longer.")
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = statistic_dtype(x)
     x, projection = hidden_to_zero(x, seen), projection[..., :s]
     axes = "ns" if projection.ndim == 2 else "gns"
     with exactly(x):

@@ -30,6 +30,7 @@ from handbook_src.functional.check import (
 )
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
+from handbook_src.functional.norm import statistic_dtype
 
 #: one table of directions, or one for each factor of the number of buckets
 Rotations = Tensor | Sequence[Tensor]
@@ -133,7 +134,7 @@ def lsh_buckets(x: Float[Tensor, "b t h e"], rotations: Rotations) -> Int[Tensor
     """
     check_tensors("lsh_buckets", x)
     tables = _tables(x, rotations)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = statistic_dtype(x)
     buckets, below = torch.zeros((), dtype=torch.int64, device=x.device), 1
     for table in tables:
         table = table.detach().to(x.device, wide).expand(-1, x.shape[2], -1, -1)
@@ -294,7 +295,7 @@ def _dense(
 ) -> Tensor:
     """One softmax over all pairs that meet; the matrix is written out."""
     b, t, h, _ = qk.shape
-    wide = torch.promote_types(qk.dtype, torch.float32)
+    wide = statistic_dtype(qk)
     scores = torch.einsum("bthe,bshe->bhts", qk.to(wide), _unit(qk.to(wide))) * scale
     allowed = (meets > 0).expand(b, h, t, t)
     for rule in rules:
@@ -329,7 +330,7 @@ def _chunked(
     sample, head = (torch.arange(n, device=qk.device).view(s) for n, s in ((b, (-1, 1, 1, 1, 1)), (h, (-1, 1, 1, 1))))
     lines = (sample * t + seats) * h + head  # rows of the input, which stays b t h e
 
-    wide = torch.promote_types(qk.dtype, torch.float32)
+    wide = statistic_dtype(qk)
     q, keys, values = (_pick(x, lines) for x in (qk.to(wide), _unit(qk.to(wide)), v.to(wide)))
     keys, values, bad_key = _behind(keys, back), _behind(values, back), _behind(_pick(bad[1][..., None], lines), back)
     at, seen = seats[..., None], _behind(seats[..., None], back).mT

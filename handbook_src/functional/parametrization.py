@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.norm import at_least_float32
 
 
 def norm_except(v: Float[Tensor, "*shape"], dim: int | None = 0) -> Float[Tensor, "*ones"]:
@@ -51,7 +52,7 @@ def weight_norm(v: Float[Tensor, "*shape"], g: Float[Tensor, "*ones"], dim: int 
     Source:
         Salimans & Kingma 2016, eq. 2, arXiv:1602.07868
     """
-    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    wide = at_least_float32(v)
     length = norm_except(wide, dim)
     if g.shape != length.shape:
         raise ShapeError(

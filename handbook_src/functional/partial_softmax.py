@@ -13,6 +13,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from handbook_src.functional.norm import statistic_dtype
+
 
 class Partial(NamedTuple):
     """What one set of keys adds to a softmax: weighted values, the weights' sum, and the largest score."""
@@ -48,7 +50,7 @@ def partial_softmax(
     Source:
         Milakov & Gimelshein 2018, section 3, arXiv:1805.02867
     """
-    wide, (h, g) = torch.promote_types(q.dtype, torch.float32), (q.shape[2], k.shape[2])
+    wide, (h, g) = statistic_dtype(q), (q.shape[2], k.shape[2])
     grouped = rearrange(q.to(wide) * scale, "b t (g r) e -> b g (r t) e", g=g)
     keys, values = (rearrange(x.to(wide), "b s g e -> b g s e") for x in (k, v))
     scores = rearrange(grouped @ keys.mT, "b g (r t) s -> b (g r) t s", r=h // g)

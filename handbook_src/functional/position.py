@@ -22,6 +22,7 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_floating, check_positive, check_rank, check_size
+from handbook_src.functional.norm import at_least_float32
 
 
 def sinusoidal_positions(
@@ -169,7 +170,7 @@ def alibi_bias(
     check_floating("alibi_bias", slopes)
     s, offset = _keys_and_offset("alibi_bias", t, s, offset)
     distance = _distances(t, s, offset, slopes.device)
-    wide = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
+    wide = at_least_float32(slopes)
     bias = (-wide[:, None] * distance.abs()).to(slopes.dtype)
     return _along_diagonals(bias.masked_fill(distance > 0, -math.inf) if causal else bias, t, s)
 

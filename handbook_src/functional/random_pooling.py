@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.functional.check import as_tuple, check_floating, check_rank
-from handbook_src.functional.norm import at_least_float32
+from handbook_src.functional.norm import at_least_float32, statistic_dtype
 from handbook_src.functional.pooling import Sizes, cut, strided
 
 
@@ -60,7 +60,7 @@ def stochastic_pool2d(
     if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
         raise ConfigError(f"{op} padding", got=pad, want=f"at most half of {kernel}", remedy="Pad the input itself.")
     _refuse_negative(op, input)
-    x = (input if input.ndim == 4 else input[None]).to(torch.promote_types(input.dtype, torch.float32))
+    x = (input if input.ndim == 4 else input[None]).to(statistic_dtype(input))
     each = zip(x.shape[2:], kernel, step, pad, strict=True)
     values = cut(x, [strided(*one).to(x.device) for one in each]).values
     total = values.sum(-1)

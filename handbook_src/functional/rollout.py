@@ -12,6 +12,7 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_floating, check_probability
+from handbook_src.functional.norm import at_least_float32
 
 HeadFusion = Literal["mean", "max", "min"]
 
@@ -108,7 +109,7 @@ def mixing_matrices(op: str, weights: Sequence[Tensor] | Tensor, residual: float
     _check(op, weights, residual, heads)
     steps = []
     for w in weights:
-        wide = w.to(torch.promote_types(w.dtype, torch.float32))
+        wide = at_least_float32(w)
         fused = wide.mean(1) if heads == "mean" else wide.amax(1) if heads == "max" else wide.amin(1)
         own = torch.eye(w.shape[-1], device=w.device, dtype=fused.dtype)
         empty = fused.sum(-1, keepdim=True) == 0  # attends to nothing: the residual is all it has

@@ -26,6 +26,7 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, Resolved, needs_for_triton, resolve
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_floating, check_positive, check_rank, check_size
+from handbook_src.functional.norm import statistic_dtype
 
 
 def apply_rope(
@@ -140,7 +141,7 @@ def rope_cos_sin(
     check_rank("rope_cos_sin", positions, (1, 2), "(time,) or (batch, time)")
     check_positions("rope_cos_sin", positions)
     check_floating("rope_cos_sin frequencies", frequencies)
-    wide = torch.promote_types(frequencies.dtype, torch.float32)
+    wide = statistic_dtype(frequencies)
     angle = positions[..., None].to(wide) * frequencies.to(wide)
     dtype = wide if dtype is None else dtype
     return angle.cos().to(dtype), angle.sin().to(dtype)

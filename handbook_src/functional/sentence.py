@@ -8,6 +8,7 @@ from torch import Tensor
 
 from handbook_src.errors import ShapeError
 from handbook_src.functional.check import check_floating, check_rank
+from handbook_src.functional.norm import at_least_float32
 
 
 def mean_pool(
@@ -32,7 +33,7 @@ def mean_pool(
     """
     check_floating("mean_pool", x)
     check_rank("mean_pool", x, (3,), "(batch, tokens, features)")
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = at_least_float32(x)
     if mask is None:
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if mask.shape != x.shape[:2] or mask.is_floating_point() or mask.is_complex():
@@ -68,7 +69,7 @@ def sentence_embedding(
         Reimers & Gurevych 2019, section 3, arXiv:1908.10084; the length is the released model's last step
     """
     u = mean_pool(x, mask)
-    wide = u.to(torch.promote_types(u.dtype, torch.float32))
+    wide = at_least_float32(u)
     largest = wide.detach().abs().amax(-1, keepdim=True)
     wide = wide / largest.where(largest > 1e18, 1.0)
     return (wide / wide.norm(dim=-1, keepdim=True).clamp_min(1e-12)).to(u.dtype)

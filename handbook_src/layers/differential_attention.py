@@ -17,6 +17,7 @@ from handbook_src.functional.differential_attention import (
     differential_lambda,
     differential_lambda_init,
 )
+from handbook_src.functional.norm import statistic_dtype
 from handbook_src.functional.rope import apply_rope
 from handbook_src.layers.attention import check_ahead, check_input
 from handbook_src.layers.kv_cache import KVCache
@@ -138,7 +139,7 @@ class DifferentialAttention(nn.Module):
     ) -> Float[Tensor, "b h t s"]:
         """Return each head's difference of maps: rows sum to 1 - lambda, entries may be negative."""
         q, k, _ = self._project(x, None)
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = statistic_dtype(q)
         q, k = q.to(wide), k.to(wide)
         first, second = (attention_weights(q[:, :, i::2], k[:, :, i::2], mask, causal=causal) for i in (0, 1))
         return (first - self.lam() * second).to(x.dtype)
