@@ -124,8 +124,8 @@ def softmax_features(
     _check_projection(x, projection, kind, eps)
     if not isinstance(shift, Tensor):
         check_finite("random features", "shift", shift)
-    phi, log = _features(x, projection, kind)
-    phi = phi if log is None else phi * (log - shift).exp()
+    phi, top = _features(x, projection, kind)
+    phi = phi if kind == "relu" else phi * (_logarithm(x, top) - shift).exp()
     return (phi + eps) / math.sqrt(phi.shape[-1] // (2 if kind == "trigonometric" else 1))
 
 
@@ -185,12 +185,12 @@ def performer_attention(
     dtype, scale = v.dtype, 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     (q, k, v), broken = shielded(q, k, v, seen, causal)
     # heads second while features are made: the sums over positions want them so
-    (phi_q, _), (phi_k, log) = (_features(x.transpose(1, 2), projection, kind, scale, bool(eps)) for x in (q, k))
+    (phi_q, _), (phi_k, top) = (_features(x.transpose(1, 2), projection, kind, scale, bool(eps)) for x in (q, k))
     phi_q, phi_k, weight = phi_q.transpose(1, 2), phi_k.transpose(1, 2), None
-    if log is not None:  # what a query's features have in common cancels; a key's share of it is its weight
-        log = log.transpose(1, 2)
-        seen_log = log if seen is None else log.masked_fill(~seen[:, :, None, None], -math.inf)
-        weight = (seen_log if causal else seen_log - _largest(seen_log, bool(eps))).exp()
+    if kind != "relu":  # what a query's features have in common cancels; a key's share of it is its weight
+        log = _logarithm(k, top if top is None else top.transpose(1, 2), scale)
+        log = log if seen is None else log.masked_fill(~seen[:, :, None, None], -math.inf)
+        weight = (log if causal else log - _largest(log, bool(eps))).exp()
     if eps:
         phi_q, phi_k, weight = phi_q + eps, (phi_k if weight is None else phi_k * weight) + eps, None
     weight = None if weight is None else weight[..., 0]
@@ -201,7 +201,7 @@ def performer_attention(
 def _features(
     x: Tensor, projection: Tensor, kind: Kind, scale: float = 1.0, follow: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Features of ``x`` times the root of ``scale``, each row over its largest, and the logarithm of that.
+    """Features of ``x`` times the root of ``scale``, without what a row has in common; its largest exponent.
 
     ``follow``: whether gradients follow the largest; they need not where it cancels.
     """
@@ -210,12 +210,17 @@ def _features(
         u = x @ (projection.to(x.dtype) * math.sqrt(scale)).T
     if kind == "relu":
         return u.relu(), None
-    half = x.square().sum(-1, keepdim=True) * (scale / 2)
     if kind == "trigonometric":
-        return torch.cat([u.sin(), u.cos()], -1), half
+        return torch.cat([u.sin(), u.cos()], -1), None
     u = u if kind == "positive" else torch.cat([u, -u], -1)
     top = (u if follow else u.detach()).amax(-1, keepdim=True)
-    return (u - top).exp() if follow else u.sub_(top).exp_(), top - half  # in place: these are the largest tensors
+    return (u - top).exp() if follow else u.sub_(top).exp_(), top  # in place: these are the largest tensors
+
+
+def _logarithm(x: Tensor, top: Tensor | None, scale: float = 1.0) -> Tensor:
+    """The logarithm of what the features of a row have in common: half the square is added under a sine."""
+    half = at_least_float32(x).square().sum(-1, keepdim=True) * (scale / 2)
+    return half if top is None else top - half
 
 
 def _largest(log: Tensor, follow: bool) -> Tensor:
