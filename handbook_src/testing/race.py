@@ -36,7 +36,8 @@ class Race:
 
     Args:
         rounds: readings of each.
-        limit: what a layer may cost beside its rival; a pair beyond it is timed once more, three times as long.
+        limit: what a layer may cost beside its rival; a pair of which the middle half reaches beyond it is timed
+            once more, three times as long, and only that counts.
     """
 
     rounds: int = 9
@@ -80,7 +81,7 @@ class Race:
             warnings.simplefilter("ignore")
             for mode, (a, b) in modes.items():
                 row = bench({rival: a, "handbook": b}, check=check, rounds=self.rounds)[1]
-                if row.ratio_high < 1 / self.limit:
+                if row.ratio_low < 1 / self.limit:
                     row = bench({rival: a, "handbook": b}, check=check, rounds=3 * self.rounds)[1]
                 self.heats.append(Heat(family, layer, rival, mode, row))
 

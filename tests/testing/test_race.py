@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,23 @@ def test_what_disagrees_is_not_timed() -> None:
     with pytest.raises(AssertionError):  # same value, another gradient
         race.run("some", "wrong", "right", lambda x: x.detach() + x, quickly, torch.ones(3))
     assert all(h.mode == "forward" for h in race.heats)
+
+
+@pytest.mark.parametrize(("ratio_low", "rounds"), [(1.01, [5]), (0.99, [5, 15]), (0.5, [5, 15])])
+def test_who_is_not_clearly_faster_runs_again_and_longer(
+    ratio_low: float, rounds: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def bench(*args: object, rounds: int, **options: object) -> list[SimpleNamespace]:
+        ran.append(rounds)
+        return [SimpleNamespace(ratio_low=ratio_low, rounds=rounds)] * 2
+
+    monkeypatch.setattr("handbook_src.testing.race.bench", bench)
+    race = Race(rounds=5, limit=1.0)
+    race.run("some", "double", "torch", quickly, slowly, torch.ones(3), step=False)
+    assert ran == rounds
+    assert [h.row.rounds for h in race.heats] == rounds[-1:], "only the last counts"
 
 
 def test_integers_have_no_step_and_inputs_are_left_alone() -> None:
