@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from types import SimpleNamespace
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from handbook_src.testing.bench import Row, bench
 from handbook_src.testing.race import Race, installed, same_weights
 
 
@@ -50,13 +52,13 @@ def test_who_is_not_clearly_faster_runs_again_and_longer(
 ) -> None:
     ran: list[int] = []
 
-    def bench(*args: object, rounds: int, **options: object) -> list[SimpleNamespace]:
+    def timed(*args: Any, rounds: int, **options: Any) -> list[Row]:
         ran.append(rounds)
-        return [SimpleNamespace(ratio_low=ratio_low, rounds=rounds)] * 2
+        return [replace(row, ratio_low=ratio_low) for row in bench(*args, rounds=rounds, **options)]
 
-    monkeypatch.setattr("handbook_src.testing.race.bench", bench)
+    monkeypatch.setattr("handbook_src.testing.race.bench", timed)
     race = Race(rounds=5, limit=1.0)
-    race.run("some", "double", "torch", quickly, slowly, torch.ones(3), step=False)
+    race.run("some", "double", "torch", quickly, quickly, torch.ones(3), step=False)
     assert ran == rounds
     assert [h.row.rounds for h in race.heats] == rounds[-1:], "only the last counts"
 
