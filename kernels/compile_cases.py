@@ -17,6 +17,7 @@ EVERYWHERE = {
     "rope": ("half bf16 128", "interleaved bf16 128", "half fp32 1 x 2"),
     "flash_attention": (
         "causal bf16 64", "everything bf16 128", "causal bf16 256", "causal fp32 64", "decode bf16 128",
+        "causal fp32 256", "decode fp32 256",
     ),
 }  # fmt: skip
 
@@ -175,7 +176,8 @@ def flash_attention_cases() -> list[Case]:
             if "packed" in options:
                 edges = torch.tensor([0, t // 2, t], dtype=torch.int32)
                 kwargs |= {"cu_q": edges, "cu_k": edges}
-            flash_attention_triton(q, k, v, **kwargs)[0].sum().backward()
+            out, lse = flash_attention_triton(q, k, v, **kwargs)
+            (out.sum() + lse.sum() if "lse" in options else out.sum()).backward()
 
         return Case(name, call)
 
@@ -185,8 +187,10 @@ def flash_attention_cases() -> list[Case]:
         *(case(f"causal bf16 {e}", e, options=("causal",)) for e in (64, 128, 256)),
         case("full bf16 128", 128),
         *(case(f"everything bf16 {e}", e, group=2, options=every) for e in (64, 128, 256)),
-        *(case(f"causal fp32 {e}", e, fp32, options=("causal",)) for e in (64, 128)),
-        case("causal cap bf16 128", 128, options=("causal", "cap")),
+        *(case(f"causal fp32 {e}", e, fp32, options=("causal",)) for e in (64, 128, 256)),
+        *(case(f"everything fp32 {e}", e, fp32, group=2, options=every) for e in (64, 256)),
+        *(case(f"{o} bf16 128", 128, options=(o,)) for o in ("window", "alibi", "sinks", "packed")),
+        *(case(f"causal {o} bf16 128", 128, options=("causal", o)) for o in ("window", "cap", "lse")),
         case("causal fp16 128", 128, fp16, options=("causal",)),
         case("causal bf16 80", 80, options=("causal",)),
         case("causal bf16 192 to 128", 192, c=128, options=("causal",)),
@@ -201,18 +205,22 @@ def decode_cases() -> list[Case]:
 
     from handbook_src.kernels.flash_decode import paged_decode_triton
 
-    def case(name: str, e: int, x: torch.dtype = torch.bfloat16, options: bool = False) -> Case:
+    def case(name: str, e: int, x: torch.dtype = torch.bfloat16, options: bool = False, heads: int = 8) -> Case:
         def call() -> None:
-            q, pages = torch.zeros(4, 8, e, dtype=x), torch.zeros(32, 16, 2, e, dtype=x)
+            q, pages = torch.zeros(4, heads, e, dtype=x), torch.zeros(32, 16, 2, e, dtype=x)
             table, lengths = torch.zeros(4, 64, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
-            extra = {"alibi": torch.ones(8), "sinks": torch.zeros(8), "window": 100, "soft_cap": 30.0}
+            extra = {"alibi": torch.ones(heads), "sinks": torch.zeros(heads), "window": 100, "soft_cap": 30.0}
             paged_decode_triton(q, pages, pages, table, lengths, **(extra if options else {}))
 
         return Case(name, call)
 
+    fp32 = torch.float32
     return [
         *(case(f"decode bf16 {e}", e) for e in (64, 128, 256)),
+        *(case(f"decode fp32 {e}", e, fp32) for e in (64, 128, 256)),
         case("decode everything bf16 128", 128, options=True),
+        case("decode everything bf16 256 of 128 heads", 256, options=True, heads=256),
+        *(case(f"decode everything fp32 {e} of 128 heads", e, fp32, options=True, heads=256) for e in (64, 256)),
     ]
 
 

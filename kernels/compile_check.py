@@ -40,7 +40,7 @@ PRODUCTS = ("flash_attention",)
 #: Kernels of those files that have no 64 rows for it: decoding has a group of heads.
 NO_WGMMA = ("_split", "_merge")
 #: The family of tiles that a launcher chooses on each target.
-FAMILY = {"sm80": "ampere", "sm90": "hopper", "sm100": "hopper", "gfx942": "amd"}
+FAMILY = {"sm80": "ampere", "sm90": "hopper", "sm100": "blackwell", "gfx942": "amd"}
 
 
 #: What fla-org/flash-linear-attention #640 found miscompiled, in Triton's GPU dialect.

@@ -10,8 +10,8 @@
 * ALiBi, soft cap (Gemma 2: before the mask), sinks (a logit a head that joins the denominator): compiled in or out.
 * Fewer key heads than query heads: the heads of a group are neighbours in the grid and find the keys in the L2 cache.
 * Packed sequences of any length: offsets in ``cu_seqlens``, read on the device.
-* A query that sees no key gets zeros, and a log-sum-exp of -inf.  NaN and infinity in a key or value reach the queries
-  that see it, and no other; nothing goes back through those.
+* A query that sees no key gets zeros, and a log-sum-exp of -inf.  NaN in a key, NaN or infinity in a value reach the
+  queries that see it, and no other; nothing goes back through those.  A key whose score is -inf weighs nothing.
 * The backward (``flash_attention_backward.py``) adds in a fixed order: the same bits each time, without a switch.
 
 dtypes: float32, float16, bfloat16.  Runs on CUDA and ROCm, and on CPU tensors under Triton's interpreter.

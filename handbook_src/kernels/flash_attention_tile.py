@@ -152,6 +152,8 @@ def _aligned(low, high, inner, outer, BLOCK: tl.constexpr):
     return low, inner, outer, high
 
 
+# Families of GPUs whose shared memory holds the tile that is loaded ahead.
+AHEAD = ("hopper", "blackwell")
 # (queries, keys, warps, stages) by width of a head, up to and including: no spill on Hopper, and shared memory that
 # fits (kernels/flash_attention/worklog.md).  Nobody has timed them: not measured.
 HOPPER: dict[str, dict[int, tuple[int, int, int, int]]] = {
@@ -172,15 +174,20 @@ FLOAT32: dict[str, dict[int, tuple[int, int, int, int]]] = {
     "dkv": {64: (32, 32, 4, 1), 256: (16, 16, 8, 1)},
 }
 
+# What Blackwell and the others spill of these.
+BLACKWELL = HOPPER | {"dkv": {**HOPPER["dkv"], 128: (32, 64, 8, 1)}}
+FLOAT32_ELSEWHERE = FLOAT32 | {"dq": {**FLOAT32["dq"], 64: (32, 32, 8, 1)}}
+
 
 def plan(kind: str, width: int, dtype: torch.dtype, family: str) -> Tile:
     """Return the tile of ``forward``, ``dq`` or ``dkv`` for heads of ``width`` features."""
-    half = HOPPER if family == "hopper" else ELSEWHERE
-    sizes = (FLOAT32 if dtype == torch.float32 else half)[kind]
+    half = {"hopper": HOPPER, "blackwell": BLACKWELL}.get(family, ELSEWHERE)
+    full = FLOAT32 if family == "hopper" else FLOAT32_ELSEWHERE
+    sizes = (full if dtype == torch.float32 else half)[kind]
     queries, keys, warps, stages = next(tile for widest, tile in sizes.items() if width <= widest)
     if family == "amd":  # a lane may hold 512 registers where a program has 256 threads
         warps = 4
-    return Tile(queries, keys, warps, stages if family == "hopper" else 1)
+    return Tile(queries, keys, warps, stages if family in AHEAD else 1)
 
 
 def parts(width: int) -> int:

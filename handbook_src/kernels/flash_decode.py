@@ -20,7 +20,7 @@ from torch import Tensor
 from handbook_src.errors import KernelUnavailable
 from handbook_src.kernels import launch
 from handbook_src.kernels.flash_attention import DTYPES, MOST
-from handbook_src.kernels.flash_attention_tile import LN2, LOG2E, adjacent, precision, scores
+from handbook_src.kernels.flash_attention_tile import AHEAD, LN2, LOG2E, adjacent, precision, scores
 
 # Keys of a tile, and keys of a split at least.
 BLOCK, LEAST = 64, 256
@@ -141,7 +141,7 @@ def _decode(
             table.stride(0), h, h // g, cuts, splits, page, e, c, scale, cap, window, G=heads, BN=keys, E=wide_e,
             C=wide_c, WINDOW=window > 0, ALIBI=slopes is not None, CAP=cap > 0, IP=precision(q.dtype, family, width),
             AGAIN=q.dtype == torch.float32 and width > 64, num_warps=warps,
-            num_stages=3 if family == "hopper" and q.dtype != torch.float32 else 1,
+            num_stages=3 if family in AHEAD and q.dtype != torch.float32 else 1,
         )  # fmt: skip
         _merge[(b * h,)](
             parts, lses, sinks, out, lse, h, splits, c, SINK=sinks is not None,

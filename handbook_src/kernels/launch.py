@@ -71,14 +71,14 @@ def check_tensors(
 
 
 def family(x: Tensor) -> str:
-    """Return which tiles suit the GPU: ``hopper`` (227 KB shared memory), ``ampere`` (163), ``amd`` (64), ``small``."""
+    """Return whose tiles suit a GPU: ``hopper``, ``blackwell`` (227 KB), ``ampere`` (163), ``amd``, ``small``."""
     if torch.version.hip:
         return "amd"
     if not x.is_cuda:
         return "hopper"
     major, minor = torch.cuda.get_device_capability(x.device)
     if major in (9, 10):
-        return "hopper"
+        return "hopper" if major == 9 else "blackwell"
     return "ampere" if (major, minor) == (8, 0) else "small"
 
 

@@ -62,16 +62,20 @@ def agree(leaves, options, packed=None):
         results.append(function(*x[:3], *edges, **extra, **learned, return_lse=True, backend=backend))
     (out, lse), (want, want_lse) = results
     assert out.dtype == leaves[0].dtype
-    down = [torch.randn(want.shape).double(), torch.randn(want_lse.shape).double()]
+    seeing = want_lse.isfinite()  # who sees no key has -inf
+    assert torch.equal(lse == -math.inf, ~seeing)
+    down = [torch.randn(want.shape).double(), torch.randn(want_lse.shape).double() * seeing]
     got = torch.autograd.grad((out, lse), leaves, [down[0].to(out.dtype), down[1].float()])
     wants = torch.autograd.grad((want, want_lse), wide, down)
     names = ("out", "lse", "dq", "dk", "dv", "dsinks")
-    for name, a, b in zip(names, (out, lse, *got), (want, want_lse, *wants), strict=False):
+    pairs = (out, want), (lse[seeing], want_lse[seeing]), *zip(got, wants, strict=True)
+    for name, (a, b) in zip(names, pairs, strict=False):
         if b.abs().max() < 1e-12:  # one key: the weight is 1 whatever the score
             assert a.abs().max() < 1e-6, name
         else:
             error = relative_error(a, b)
-            assert error <= ALLOWED[leaves[0].dtype], f"{name}: relative error {error:.1e}"
+            cancels = 3 if name == "dsinks" else 1  # a sum over all queries, of either sign
+            assert error <= cancels * ALLOWED[leaves[0].dtype], f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.parity("flash-attention")
@@ -84,7 +88,18 @@ def test_every_option(options, guards):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{"causal": True}, EVERY], ids=str)
 def test_half_precision(options, dtype, guards):
-    agree(drawn(20, 37, dtype=dtype), resolved(options))
+    options = resolved(options)
+    if "sinks" in options:
+        options["sinks"] = options["sinks"].to(dtype)  # as a model of that dtype holds them
+    agree(drawn(20, 37, dtype=dtype), options)
+
+
+@pytest.mark.parity("flash-attention")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{"causal": True}, {**EVERY, "causal": False}], ids=str)
+def test_the_tiles_that_are_launched(options, dtype, monkeypatch, guards):
+    monkeypatch.undo()
+    agree(drawn(130, 140, dtype=dtype), resolved(options))
 
 
 @pytest.mark.parity("flash-attention")
@@ -95,14 +110,25 @@ def test_ragged_lengths(t, s, guards):
 
 
 @pytest.mark.parity("flash-attention")
+def test_one_query_and_one_key(guards):
+    """The weight is 1, so the score has no gradient; what rounding leaves of it is small beside its two terms."""
+    q, k, v = (x.requires_grad_() for x in drawn(1, 1, h=1))
+    out, lse = flash_attention(q, k, v, causal=True, return_lse=True, backend="triton")
+    torch.testing.assert_close((out, lse), (v, (q * k).sum(-1) / 4), rtol=1e-6, atol=1e-6)
+    dq, dk, dv = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+    torch.testing.assert_close((dq, dk, dv), (k / 4, q / 4, 2 * v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parity("flash-attention")
 def test_more_queries_than_keys(guards):
     agree(drawn(33, 5, h=1), {})
 
 
 @pytest.mark.parity("flash-attention")
-@pytest.mark.parametrize(("e", "c"), [(1, 1), (5, 20), (17, 16), (256, 3)])
-def test_any_width_of_a_head(e, c, guards):
-    agree(drawn(3, 17, h=1, e=e, c=c), {"causal": True})
+@pytest.mark.parametrize(("e", "c"), [(1, 1), (5, 20), (17, 16), (256, 3), (130, 255)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_width_of_a_head(e, c, dtype, guards):
+    agree(drawn(3, 17, h=1, e=e, c=c, dtype=dtype), {"causal": True})
 
 
 @pytest.mark.parity("flash-attention")
@@ -112,12 +138,39 @@ def test_shared_key_heads_and_several_samples(h, g, guards):
 
 
 @pytest.mark.parity("flash-attention")
-@pytest.mark.parametrize("edges", [torch.int32, torch.int64], ids=str)
-def test_packed_sequences(edges):
+@pytest.mark.parametrize(("edges", "dtype"), [(torch.int32, torch.float32), (torch.int64, torch.bfloat16)], ids=str)
+def test_packed_sequences(edges, dtype, guards):
     """Lengths of one, none and more than a tile; the queries are the last positions of each."""
-    q, k, v = (x[0] for x in drawn(23, 40))
+    q, k, v = (x[0] for x in drawn(23, 40, dtype=dtype))
     cu_q, cu_k = torch.tensor([0, 1, 1, 4, 23], dtype=edges), torch.tensor([0, 2, 3, 6, 40], dtype=edges)
     agree((q, k, v), resolved({"causal": True, "window": 9, "sinks": True}), (cu_q, cu_k))
+    agree((q, k, v), resolved({**EVERY, "causal": False}), (cu_q, cu_k))
+
+
+@pytest.mark.parity("flash-attention")
+def test_packed_sequences_without_keys_or_queries_or_both(guards):
+    q, k, v = (x[0] for x in drawn(8, 9, h=1))
+    cu_q, cu_k = torch.tensor([0, 0, 3, 3, 3, 8]), torch.tensor([0, 2, 2, 2, 5, 9])
+    for options in ({}, {"soft_cap": 2.0, "sinks": True}):
+        agree((q, k, v), resolved(options, h=1), (cu_q, cu_k))
+
+
+@pytest.mark.law("flash-attention")
+def test_nan_stays_in_its_own_sequence():
+    q, k, v = (x[0] for x in drawn(20, 20))
+    cu, x = torch.tensor([0, 7, 12, 20]), [y.clone() for y in (q, k, v)]
+    for y in x:
+        y[7:12] = math.nan
+    leaves = [y.requires_grad_() for y in x]
+    out = flash_attention_varlen(*leaves, cu, causal=True, backend="triton")
+    others = torch.tensor([*range(7), *range(12, 20)])
+    want = [y[others].clone().requires_grad_() for y in (q, k, v)]
+    alone = flash_attention_varlen(*want, torch.tensor([0, 7, 15]), causal=True, backend="reference")
+    torch.testing.assert_close(out[others], alone, rtol=1e-5, atol=1e-6)
+    assert out[7:12].isnan().all()
+    got = torch.autograd.grad(out.square().sum(), leaves)
+    wants = torch.autograd.grad(alone.square().sum(), want)
+    torch.testing.assert_close([g[others] for g in got], list(wants), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.law("flash-attention")
@@ -134,6 +187,18 @@ def test_the_tiles_do_not_matter(options, monkeypatch):
 
 
 @pytest.mark.law("flash-attention")
+def test_the_plan():
+    """What spilled on a family of GPUs has a tile of its own there."""
+    half, full = torch.bfloat16, torch.float32
+    assert tiles.plan("dkv", 128, half, "hopper") == (32, 64, 8, 2)
+    assert tiles.plan("dkv", 128, half, "blackwell") == (32, 64, 8, 1)
+    assert tiles.plan("dq", 64, full, "hopper") == (64, 32, 4, 1)
+    assert tiles.plan("dq", 16, full, "ampere") == tiles.plan("dq", 64, full, "blackwell") == (32, 32, 8, 1)
+    assert tiles.plan("forward", 128, half, "hopper").stages == 3
+    assert tiles.plan("forward", 129, half, "amd") == (64, 32, 4, 1)
+
+
+@pytest.mark.law("flash-attention")
 def test_samples_do_not_meet_and_the_bits_are_the_same_again():
     x = drawn(17, 17, b=3, h=1)
     out = flash_attention(*x, causal=True, backend="triton")
@@ -143,9 +208,21 @@ def test_samples_do_not_meet_and_the_bits_are_the_same_again():
 
 
 @pytest.mark.law("flash-attention")
+def test_gradients_are_the_same_bits_with_and_without_deterministic():
+    x, extra, results = [y.requires_grad_() for y in drawn(20, 37)], resolved(EVERY), []
+    for deterministic in (False, True):
+        out = flash_attention(*x, **extra, deterministic=deterministic, backend="triton")
+        results.append(torch.autograd.grad(out.square().sum(), x))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.law("flash-attention")
 @pytest.mark.parametrize(
     ("dtype", "where", "bad"),
-    [(torch.float32, 1, math.nan), (torch.bfloat16, 2, math.nan), (torch.float16, 2, math.inf)],
+    [
+        (torch.float32, 1, math.nan), (torch.bfloat16, 1, math.nan), (torch.bfloat16, 2, math.nan),
+        (torch.float16, 2, math.inf),
+    ],
 )  # fmt: skip
 @pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 3}], ids=str)
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of infinity times zero
