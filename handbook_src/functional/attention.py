@@ -8,6 +8,8 @@ may attend) or a floating tensor that is added to the scores.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from handbook_src.functional.check import (
     check_positive,
     check_probability,
     check_tensors,
+    known_finite,
 )
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
@@ -211,6 +214,37 @@ def _allowed(mask: Tensor) -> Tensor:
 def without_nan(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Replace NaN and infinity by zero; also say in which vectors one stood."""
     return [x.nan_to_num(0.0, 0.0, 0.0) for x in tensors], [~x.isfinite().all(-1) for x in tensors]
+
+
+def shielded(
+    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor], q: Tensor, k: Tensor, v: Tensor, dropout: float
+) -> Tensor:
+    """Attend so that a NaN or infinite key or value reaches the queries that see it and no other, backward as well.
+
+    Where it is not known that all is finite (something is not, or looking would wait for a device or break a graph),
+    attention is taken of zeros in their place, and once more, with one feature, of the marks of what is broken: a
+    query that sees one gets a mean above zero.
+    """
+    if known_finite(q, k, v):
+        return attend(q, k, v, dropout)
+    (q, k, v), (bad_q, bad_k, bad_v) = without_nan(q, k, v)
+    marks = (bad_k | bad_v)[..., None].float()
+    sees = attend(torch.zeros_like(bad_q[..., None], dtype=marks.dtype), torch.zeros_like(marks), marks, 0.0) > 0
+    return attend(q, k, v, dropout).masked_fill(sees | bad_q[..., None], math.nan)
+
+
+def under_rule(
+    rule: Mask, backend: Backend, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float
+) -> Tensor:
+    """Attention under a rule that is written out, shielded whichever backend computes it."""
+    attend = partial(_ruled, rule, backend, scale)
+    return attend(q, k, v, dropout) if backend == "reference" else shielded(attend, q, k, v, dropout)
+
+
+def _ruled(
+    rule: Mask | None, backend: Backend, scale: float | None, q: Tensor, k: Tensor, v: Tensor, dropout: float
+) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, rule, scale=scale, dropout=dropout, backend=backend)
 
 
 def broken_rows(bad_q: Tensor, bad_k: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from handbook_src.dispatch import Backend
+from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.attention import check_alike, scaled_dot_product_attention
+from handbook_src.functional.attention import check_alike, check_numbers, check_qkv, under_rule
 from handbook_src.functional.check import check_tensors
-from handbook_src.functional.chunked_attention import shielded
+from handbook_src.functional.mask import causal as causal_rule
+from handbook_src.functional.mask import full
 
 
 def axial_attention(
@@ -55,10 +56,13 @@ def axial_attention(
         Ho et al. 2019, section 3, arXiv:1912.12180
     """
     axis = _grid_axis(q, k, v, axis)
-    backend = shielded("axial_attention", backend, q, k, v)
+    chosen = resolve("axial_attention", backend, {"torch": None, "reference": None})
     q, k, v = (x.movedim(axis + 1, -3) for x in (q, k, v))
     rows, keys, values = (x.flatten(0, -4) for x in (q, k, v))
-    out = scaled_dot_product_attention(rows, keys, values, causal=causal, scale=scale, dropout=dropout, backend=backend)
+    check_qkv(rows, keys, values)
+    check_numbers(scale, dropout)
+
+    out = under_rule(causal_rule if causal else full, chosen, rows, keys, values, scale, dropout)
     return out.reshape(*q.shape[:-1], v.shape[-1]).movedim(-3, axis + 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,11 @@ from torch import Tensor
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ShapeError
 from handbook_src.functional.attention import (
-    broken_rows,
     check_mask,
     check_numbers,
     check_qkv,
     scaled_dot_product_attention,
-    without_nan,
+    shielded,
 )
 from handbook_src.functional.block_plan import BlockPlan, Group, plan_blocks
 from handbook_src.functional.mask import Mask
@@ -83,17 +83,7 @@ def block_sparse_attention(
     if chosen == "reference":
         return scaled_dot_product_attention(q, k, v, plan.rule, scale=scale, dropout=dropout, backend="reference")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if finite(q, k, v):
-        return _run(q, k, v, plan, scale, dropout)
-    (q, k, v), (bad_q, bad_k, bad_v) = without_nan(q, k, v)
-    return _run(q, k, v, plan, scale, dropout).masked_fill(_broken(bad_q, bad_k | bad_v, plan), math.nan)
-
-
-def finite(*tensors: Tensor) -> bool:
-    """Whether nothing has to be shielded; False where the values can't be looked at."""
-    if torch.compiler.is_compiling() or any(x.is_meta for x in tensors):
-        return False
-    return all(bool(x.isfinite().all()) for x in tensors)
+    return shielded(partial(_run, plan, scale), q, k, v, dropout)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
@@ -113,7 +103,7 @@ def rows_first(x: Tensor, rows: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, rows - x.shape[0])) if rows > x.shape[0] else x
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, dropout: float) -> Tensor:
+def _run(plan: BlockPlan, scale: float, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     if plan.parts[0][0] is None:
         return _part(q, k, v, plan.parts[0][1], plan, scale, dropout)
     shared, outs = q.shape[2] // k.shape[2], []
@@ -172,14 +162,3 @@ def _for_samples(mask: Tensor, b: int, h: int) -> Tensor:
     if mask.shape[1:3] == (1, 1):
         return mask[:, 0]
     return mask.expand(-1, b, h, -1, -1).flatten(1, 2)
-
-
-def _broken(bad_q: Tensor, bad_k: Tensor, plan: BlockPlan) -> Tensor:
-    """Queries, ``b t h 1``, that are not finite or may see a key that is not: a few rows of the rule at a time."""
-    (b, t, h), s = bad_q.shape, bad_k.shape[1]
-    start, found = s - t if plan.rule.positional else max(s - t, 0), []
-    for first in range(0, t, plan.block_size):
-        part = bad_q[:, first : first + plan.block_size]
-        mask = plan.rule.sdpa(part.shape[1], s, offset=start + first, device=bad_q.device)
-        found.append(broken_rows(part, bad_k, mask).transpose(1, 2))
-    return torch.cat(found, 1) if found else bad_q.new_zeros(b, t, h, 1)

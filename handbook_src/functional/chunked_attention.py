@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ShapeError
-from handbook_src.functional.attention import check_qkv, scaled_dot_product_attention
-from handbook_src.functional.block_sparse import finite
+from handbook_src.functional.attention import check_numbers, check_qkv, scaled_dot_product_attention, shielded
 from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask, block, padding
 from handbook_src.functional.mask import causal as causal_rule
@@ -39,8 +38,7 @@ def chunked_attention(
     Equal to full attention under the rule ``block(chunk)``, at :math:`n l` instead of :math:`n^2` products:
     chunks become samples by a reshape, which copies nothing, and a last chunk that is shorter is attended by itself.
 
-    A NaN or infinite key or value reaches no query that it is hidden from, forward or backward: where one is found,
-    the chunks are attended by the reference.  ``torch.compile`` can't look; there a NaN stays in its chunk.
+    A NaN or infinite key or value reaches no query that it is hidden from, forward or backward.
 
     Args:
         q: queries, the last ``t`` of ``s`` positions.
@@ -63,7 +61,25 @@ def chunked_attention(
     """
     check_size("chunked attention", "chunk", chunk)
     check_pattern("chunked attention", q, k, v, lengths)
-    backend = shielded("chunked_attention", backend, q, k, v)
+    check_numbers(scale, dropout)
+    chosen = resolve("chunked_attention", backend, {"torch": None, "reference": None})
+
+    attend = partial(_chunks, chunk, causal, lengths, scale, chosen)
+    return attend(q, k, v, dropout) if chosen == "reference" else shielded(attend, q, k, v, dropout)
+
+
+def _chunks(
+    chunk: int,
+    causal: bool,
+    lengths: Tensor | None,
+    scale: float | None,
+    backend: Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float,
+) -> Tensor:
+    """Chunks as samples, a shorter last one by itself."""
     t, s = q.shape[1], k.shape[1]
     first = (s - t) // chunk * chunk  # earlier chunks hold no query
     ahead = s - t - first
@@ -134,26 +150,3 @@ def check_lengths(op: str, lengths: Tensor, x: Tensor) -> None:
     if x.ndim and len(lengths) != len(x):
         got = f"{len(lengths)} for a batch of {len(x)}"
         raise ShapeError(f"{op} lengths", got=got, want="one a sample", remedy="Pass a tensor of shape (b,).")
-
-
-def shielded(op: str, backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> Literal["torch", "reference"]:
-    """Return the backend of the parts: the reference where a NaN or an infinity must not pass a zero weight.
-
-    Under ``torch.compile`` and on the meta device values can't be looked at, and nothing is shielded.
-
-    Args:
-        op: the operation's name, for messages.
-        backend: what the caller asked for.
-        q: queries.
-        k: keys.
-        v: values.
-
-    Raises:
-        ConfigError: ``backend`` is none.
-    """
-    chosen = resolve(op, backend, {"torch": None, "reference": None})
-    if chosen == "reference":
-        return "reference"
-    if torch.compiler.is_compiling() or q.is_meta or finite(q, k, v):
-        return "torch"
-    return "reference"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from handbook_src.dispatch import Backend
+from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.attention import check_numbers, scaled_dot_product_attention
+from handbook_src.functional.attention import check_numbers, scaled_dot_product_attention, shielded, under_rule
 from handbook_src.functional.check import check_size
-from handbook_src.functional.chunked_attention import check_pattern, shielded
+from handbook_src.functional.chunked_attention import check_pattern
 from handbook_src.functional.mask import Mask, dilated, padding, window
 from handbook_src.functional.mask import causal as causal_rule
 from handbook_src.functional.norm import statistic_dtype
@@ -44,8 +45,7 @@ def dilated_attention(
     the same remainder form a stream; streams become samples by a reshape, and each is attended in blocks that see
     themselves and their neighbours: :math:`O(n w)` products and memory, whatever the dilation.
 
-    A NaN or infinite key or value reaches no query that it is hidden from, forward or backward: where one is found,
-    the blocks are attended by the reference.  ``torch.compile`` can't look; there a NaN stays in its stream.
+    A NaN or infinite key or value reaches no query that it is hidden from, forward or backward.
 
     Args:
         q: queries, the last ``t`` of ``s`` positions.
@@ -71,22 +71,38 @@ def dilated_attention(
     check_size("dilated attention", "dilation", dilation)
     check_pattern("dilated attention", q, k, v, lengths)
     check_numbers(scale, dropout)
-    inner = shielded("dilated_attention", backend, q, k, v)
+    chosen = resolve("dilated_attention", backend, {"torch": None, "reference": None})
     dilation = min(dilation, max(k.shape[1], 1))  # from there on a query sees itself alone; streams would be padding
     t, behind = q.shape[1], (reach - 1) * dilation
     cut = max(k.shape[1] - t - behind, 0)  # no query looks further back
     k, v = k[:, cut:], v[:, cut:]
     lengths = None if lengths is None else (lengths.to(q.device) - cut).clamp_min(0)
     ahead = k.shape[1] - t
-    if backend == "reference" or t <= ahead or len(q) == 0:
+    if chosen == "reference" or t <= ahead or len(q) == 0:
         rule = dilated_rule(reach, dilation, causal)
         rule = rule if lengths is None else rule & padding(lengths)
-        return scaled_dot_product_attention(q, k, v, rule, scale=scale, dropout=dropout, backend=inner)
+        return under_rule(rule, chosen, q, k, v, scale, dropout)
+    return shielded(partial(_streamed, reach, dilation, causal, lengths, scale), q, k, v, dropout)
+
+
+def _streamed(
+    reach: int,
+    dilation: int,
+    causal: bool,
+    lengths: Tensor | None,
+    scale: float | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float,
+) -> Tensor:
+    """A sliding window in each stream."""
+    t, ahead = q.shape[1], k.shape[1] - q.shape[1]
     q = F.pad(q, (0, 0, 0, 0, ahead, 0)) if ahead else q
     rows, keys, values = (_streams(x, dilation) for x in (q, k, v))
     if lengths is not None or (not causal and q.shape[1] % dilation):
         lengths = _stream_lengths(lengths, q, dilation)
-    out = _windowed(rows, keys, values, reach, causal, lengths, {"scale": scale, "dropout": dropout, "backend": inner})
+    out = _windowed(rows, keys, values, reach, causal, lengths, {"scale": scale, "dropout": dropout})
     return rearrange(out, "(b r) n h e -> b (n r) h e", r=dilation)[:, ahead : ahead + t]
 
 
@@ -139,9 +155,7 @@ def _windowed(
     """A sliding window over ``b n h e``; streams of unequal length in blocks of queries and the keys any may see."""
     b, n = q.shape[:2]
     if lengths is None:
-        return sliding_window_attention(
-            q, k, v, reach, causal=causal, **{**options, "backend": "torch"}
-        )  # it shields itself
+        return sliding_window_attention(q, k, v, reach, causal=causal, **options)
     if n <= reach:  # the window hides nothing
         return scaled_dot_product_attention(q, k, v, padding(lengths), causal=causal, **options)
     size = max(reach, 32)  # queries of a block; smaller ones cost more in calls than they save in products
@@ -184,8 +198,8 @@ def longnet_attention(
     which a key that stands in several counts several times.  A query that no pattern keeps gets zeros.
     :math:`\sum_p n w_p / r_p^2` products for each head: linear in :math:`n`.
 
-    The softmax is taken in float32 or better; key heads that are shared are written out for each query head.  Where
-    a NaN or an infinity is found, the reference runs, so that it reaches no query that it is hidden from.
+    The softmax is taken in float32 or better; key heads that are shared are written out for each query head.  A NaN
+    or infinite key or value reaches no query that it is hidden from.
 
     Args:
         q: queries.
@@ -218,14 +232,21 @@ def longnet_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pairs = list(zip(segments, dilations, strict=True))
-    if shielded("longnet_attention", backend, q, k, v) == "reference":
+    if resolve("longnet_attention", backend, {"torch": None, "reference": None}) == "reference":
         counts = longnet_counts(q.shape[1], q.shape[2], segments, dilations, causal, device=q.device)
         bias = counts.to(statistic_dtype(q)).log()[None]
         return scaled_dot_product_attention(q, k, v, bias, scale=scale, dropout=dropout, backend="reference")
-    groups = q.shape[2] // k.shape[2]
-    k, v = (x if groups == 1 else repeat(x, "b s g e -> b s (g r) e", r=groups) for x in (k, v))
     # a segment ends with the sequence: what is longer would be padding
     pairs = [(min(w, r * max(1, -(-q.shape[1] // r))), r) for w, r in pairs]
+    return shielded(partial(_mixture, pairs, causal, scale), q, k, v, dropout)
+
+
+def _mixture(
+    pairs: list[tuple[int, int]], causal: bool, scale: float, q: Tensor, k: Tensor, v: Tensor, dropout: float
+) -> Tensor:
+    """One softmax over all of LongNet's patterns."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x if groups == 1 else repeat(x, "b s g e -> b s (g r) e", r=groups) for x in (k, v))
     return join([_segment(q, k, v, w, r, causal, scale, dropout) for w, r in pairs]).to(v.dtype)
 
 

@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import broken_rows, check_numbers, check_qkv, without_nan
-from handbook_src.functional.block_sparse import finite
-from handbook_src.functional.check import check_size
+from handbook_src.functional.check import check_size, known_finite
 from handbook_src.functional.mask import causal as causal_rule
 from handbook_src.functional.norm import statistic_dtype
 
@@ -163,7 +162,7 @@ def tiled_attention(
         )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     broken = None
-    if not (q.is_meta or torch.compiler.is_compiling() or finite(q, k, v)):
+    if not known_finite(q, k, v):
         (q, k, v), (bad_q, bad_k, bad_v) = without_nan(q, k, v)
         seen = causal_rule.sdpa(q.shape[1], k.shape[1], device=q.device) if causal else None
         broken = broken_rows(bad_q, bad_k | bad_v, seen).transpose(1, 2)

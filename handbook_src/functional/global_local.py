@@ -12,8 +12,8 @@ from torch import Tensor
 from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention import check_alike, check_qkv, scaled_dot_product_attention
-from handbook_src.functional.block_sparse import block_sparse_attention, finite
-from handbook_src.functional.check import check_size
+from handbook_src.functional.block_sparse import block_sparse_attention
+from handbook_src.functional.check import check_size, known_finite
 from handbook_src.functional.mask import Mask, marked, window
 from handbook_src.functional.mask import causal as causal_rule
 
@@ -145,7 +145,7 @@ def _with_global_rows(
         h = torch.arange(q.shape[2], device=q.device).view(-1, 1, 1)
         keys = torch.arange(k.shape[1], device=q.device)
         seen = rule.allows(b, h, index[:, None, :, None], keys).expand(len(index), -1, -1, len(keys))
-    if seen is not None and not finite(q, k, v):
+    if seen is not None and not known_finite(q, k, v):
         backend = "reference"  # for its shield: the rows are few
     rows = scaled_dot_product_attention(q, k, v, seen, scale=scale, dropout=dropout, backend=backend)
     where = where.expand_as(rows)

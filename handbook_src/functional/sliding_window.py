@@ -15,11 +15,12 @@ from handbook_src.functional.attention import (
     check_qkv,
     refuse,
     scaled_dot_product_attention,
+    under_rule,
     without_nan,
 )
-from handbook_src.functional.block_sparse import attend, finite, rows_first
-from handbook_src.functional.check import check_size
-from handbook_src.functional.mask import Mask, window
+from handbook_src.functional.block_sparse import attend, rows_first
+from handbook_src.functional.check import check_size, known_finite
+from handbook_src.functional.mask import Mask, full, window
 from handbook_src.functional.mask import causal as causal_rule
 
 
@@ -97,7 +98,7 @@ def sliding_window_attention(
     if window >= s or 0 in (b, t, h, v.shape[-1]):  # nothing to save, or nothing to do
         return _whole(q, k, v, causal, scale, dropout)
     scale = 1 / math.sqrt(e) if scale is None else scale
-    if finite(q, k, v):
+    if known_finite(q, k, v):
         return _banded(q, k, v, int(window), causal, min(block_size, t), scale, dropout)
     (q, k, v), (bad_q, bad_k, bad_v) = without_nan(q, k, v)
     broken = bad_q | _near(bad_k | bad_v, t, window, causal).repeat_interleave(h // k.shape[2], 2)
@@ -106,10 +107,8 @@ def sliding_window_attention(
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, dropout: float) -> Tensor:
-    """Every key is within the window; the reference where something is broken, for its shield."""
-    mask = causal_rule if causal else None
-    backend: Backend = "auto" if finite(q, k, v) else "reference"
-    return scaled_dot_product_attention(q, k, v, mask, scale=scale, dropout=dropout, backend=backend)
+    """Every key is within the window."""
+    return under_rule(causal_rule if causal else full, "auto", q, k, v, scale, dropout)
 
 
 def _banded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,11 +11,11 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from handbook_src.dispatch import Backend
+from handbook_src.dispatch import Backend, resolve
 from handbook_src.errors import ConfigError
-from handbook_src.functional.attention import check_numbers, scaled_dot_product_attention
+from handbook_src.functional.attention import check_numbers, scaled_dot_product_attention, shielded, under_rule
 from handbook_src.functional.check import check_size
-from handbook_src.functional.chunked_attention import check_pattern, chunked_attention, shielded
+from handbook_src.functional.chunked_attention import check_pattern, chunked_attention
 from handbook_src.functional.dilated_attention import dilated_attention
 from handbook_src.functional.mask import Mask, block, causal, dilated, fixed, strided, window
 from handbook_src.functional.partial_softmax import Partial, join, partial_softmax
@@ -45,8 +46,7 @@ def strided_attention(
 
     Joined, the scores of a block and of a stream are written out, :math:`n (2 l + n / l)` of them, in float32 or
     better.  Queries that are fewer than the keys (a cache) are attended densely under the rule.  A NaN or infinite key
-    or value reaches no query that it is hidden from: where one is found, the reference runs (not under
-    ``torch.compile``).
+    or value reaches no query that it is hidden from.
 
     Args:
         q: queries, the last ``t`` of ``s`` positions.
@@ -68,17 +68,19 @@ def strided_attention(
     _check_strided(stride, part)
     check_pattern("strided attention", q, k, v)
     check_numbers(scale, dropout)
-    inner = shielded("strided_attention", backend, q, k, v)
-    (b, t), s = q.shape[:2], k.shape[1]
-    if backend == "reference" or t < s or t * b == 0 or (part == "both" and inner == "reference"):
-        rule = strided_rule(stride, part)
-        return scaled_dot_product_attention(q, k, v, rule, scale=scale, dropout=dropout, backend=inner)
-    if part == "local":
-        return dilated_attention(q, k, v, stride + 1, 1, causal=True, scale=scale, dropout=dropout)
-    if part == "column":
-        return dilated_attention(q, k, v, -(-t // stride), stride, causal=True, scale=scale, dropout=dropout)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    stride = min(stride, t)  # from there on every earlier key is near
+    chosen = resolve("strided_attention", backend, {"torch": None, "reference": None})
+    if chosen == "torch" and part == "both" and q.shape[1] == k.shape[1] and q.shape[1] * len(q) > 0:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return shielded(partial(_strided, min(stride, q.shape[1]), scale), q, k, v, dropout)  # beyond, all is near
+    if chosen == "torch" and part != "both" and q.shape[1] == k.shape[1]:  # which shields itself
+        reach, gap = (stride + 1, 1) if part == "local" else (-(-q.shape[1] // stride), stride)
+        return dilated_attention(q, k, v, max(reach, 1), gap, causal=True, scale=scale, dropout=dropout)
+    return under_rule(strided_rule(stride, part), chosen, q, k, v, scale, dropout)
+
+
+def _strided(stride: int, scale: float, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """One softmax over both sets, in parts that share no key."""
+    t = q.shape[1]
     missing = -t % stride  # the padding stands last, where no causal query looks
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x for x in (q, k, v))
     parts = [_nearest(q, k, v, stride, scale, dropout), _columns(q, k, v, stride, scale, dropout)]
@@ -127,7 +129,7 @@ def fixed_attention(
     ``part="summary"`` the first :math:`l - c` queries see nothing and get zeros.
 
     Queries that are fewer than the keys (a cache) are attended densely under the rule.  A NaN or infinite key or value
-    reaches no query that it is hidden from: where one is found, the reference runs (not under ``torch.compile``).
+    reaches no query that it is hidden from.
 
     Args:
         q: queries, the last ``t`` of ``s`` positions.
@@ -151,30 +153,35 @@ def fixed_attention(
     _check_fixed(stride, summary, part)
     check_pattern("fixed attention", q, k, v)
     check_numbers(scale, dropout)
-    inner = shielded("fixed_attention", backend, q, k, v)
+    chosen = resolve("fixed_attention", backend, {"torch": None, "reference": None})
     (b, t), s = q.shape[:2], k.shape[1]
-    if backend == "reference" or t < s or t * b == 0:
-        rule = fixed_rule(stride, summary, part)
-        return scaled_dot_product_attention(q, k, v, rule, scale=scale, dropout=dropout, backend=inner)
-    if part == "local" or (t <= stride and part == "both"):
+    if chosen == "reference" or t < s or t * b == 0:
+        return under_rule(fixed_rule(stride, summary, part), chosen, q, k, v, scale, dropout)
+    if part == "local" or (t <= stride and part == "both"):  # which shields itself
         return chunked_attention(q, k, v, stride, causal=True, scale=scale, dropout=dropout)
     if stride > t:  # one block that is cut off; of its summary stands what stands before the end
         stride, summary = t, max(summary - (stride - t), 0)
+    return shielded(partial(_fixed, stride, summary, part, scale), q, k, v, dropout)
+
+
+def _fixed(
+    stride: int, summary: int, part: FixedPart, scale: float | None, q: Tensor, k: Tensor, v: Tensor, dropout: float
+) -> Tensor:
+    """A block's queries over its own keys and all summaries, or over the summaries alone."""
+    b, t = q.shape[:2]
     n, at = -(-t // stride), torch.arange(t, device=q.device)
     ends = torch.arange(n, device=q.device)[:, None] * stride + torch.arange(stride - summary, stride, device=q.device)
     ends = ends.flatten()[: t // stride * summary + max(t % stride - stride + summary, 0)]
     if part == "summary":
         seen = at[:, None] >= ends
-        return scaled_dot_product_attention(
-            q, k[:, ends], v[:, ends], seen, scale=scale, dropout=dropout, backend=inner
-        )
+        return scaled_dot_product_attention(q, k[:, ends], v[:, ends], seen, scale=scale, dropout=dropout)
     k_ends, v_ends = (x[:, ends] for x in (k, v))
     q, k, v = (_blocks(x, stride) for x in (q, k, v))
     k, v = (torch.cat([x, repeat(y, "b s g e -> (b n) s g e", n=n)], 1) for x, y in ((k, k_ends), (v, v_ends)))
     own = torch.ones(stride, stride, dtype=torch.bool, device=q.device).tril().expand(n, -1, -1)
     earlier = ends // stride < torch.arange(n, device=q.device)[:, None]
     seen = torch.cat([own, earlier[:, None].expand(-1, stride, -1)], -1).repeat(b, 1, 1)[:, None]
-    out = scaled_dot_product_attention(q, k, v, seen, scale=scale, dropout=dropout, backend=inner)
+    out = scaled_dot_product_attention(q, k, v, seen, scale=scale, dropout=dropout)
     return rearrange(out, "(b n) l h e -> b (n l) h e", n=n)[:, :t]
 
 
