@@ -107,8 +107,7 @@ def _queries(
     lse = passable(tl.load(LSE + at, mask=live, other=float("inf"))) * LOG2E
     delta = tl.where(lse < float("inf"), delta, 0.0)
     tl.store(DELTA + at, delta, mask=live)
-    K += b * k_b + k0 * k_s + hk * k_h
-    V += b * v_b + k0 * v_s + hk * v_h
+    K, V = K + (b * k_b + k0 * k_s + hk * k_h), V + (b * v_b + k0 * v_s + hk * v_h)
     query = row + offset
     slope = tl.load(SLOPES + h).to(tl.float32) if ALIBI else 0.0
     dq = tl.zeros([BM, E], tl.float32)

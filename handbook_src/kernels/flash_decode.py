@@ -49,16 +49,13 @@ def _split(
     start = first + split * per
     end = tl.minimum(start + per, length)
     g, col_e, col_c = share % cuts * G + tl.arange(0, G), tl.arange(0, E), tl.arange(0, C)
-    h = hk * group + g
-    mine = g < group
+    h, mine = hk * group + g, g < group
     Q += b * q_b + h[:, None] * q_h + col_e[None, :]
     q_mask = mine[:, None] & (col_e < e)[None, :]
     q = tl.load(Q, mask=q_mask, other=0.0)
     slope = (tl.load(SLOPES + h, mask=mine, other=0.0).to(tl.float32) if ALIBI else tl.zeros([G], tl.float32))[:, None]
-    top, mass = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32)
-    acc = tl.zeros([G, C], tl.float32)
-    K += hk.to(tl.int64) * k_h
-    V += hk.to(tl.int64) * v_h
+    top, mass, acc = tl.full([G], float("-inf"), tl.float32), tl.zeros([G], tl.float32), tl.zeros([G, C], tl.float32)
+    K, V = K + hk.to(tl.int64) * k_h, V + hk.to(tl.int64) * v_h
     for i in tl.range(0, tl.cdiv(tl.maximum(end - start, 0), BN)):
         key = start + i * BN + tl.arange(0, BN)
         live = key < end
