@@ -204,3 +204,15 @@ def test_refusals() -> None:
             attend(q, k[:, :4], v[:, :4])
         with refuses(ShapeError, "attention inputs", (1, 6, 2, 4)):
             attend(q, k[:1], v[:1])
+
+
+@pytest.mark.law(ID)
+@pytest.mark.usefixtures("unchecked")
+def test_compiled_a_nan_stays_with_those_who_see_it_too() -> None:
+    q, k, v = (x.float() for x in qkv(10))
+    k[:, 6] = math.nan
+    for form in FORMS:
+        compiled, want = torch.compile(form, fullgraph=True, backend="aot_eager")(q, k, v), form(q, k, v)
+        assert want.isfinite().any()
+        assert want.isnan().any()
+        torch.testing.assert_close(compiled, want, equal_nan=True)
