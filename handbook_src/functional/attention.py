@@ -25,6 +25,7 @@ from handbook_src.functional.check import (
     check_positive,
     check_probability,
     check_tensors,
+    known_broken,
     known_finite,
 )
 from handbook_src.functional.mask import Mask, full
@@ -65,7 +66,8 @@ def scaled_dot_product_attention(
             joined with ``mask`` by *and*.
         scale: factor on the scores; :math:`1/\sqrt e` unless given.
         dropout: share of the weights that are dropped; pass 0 outside training.
-        backend: ``auto`` takes torch's fused operation, fastest wherever it was measured.
+        backend: ``auto`` takes torch's fused operation, fastest wherever it was measured.  It multiplies what is hidden
+            by zero, and zero times NaN is NaN: where a NaN is seen beforehand (eager, on a CPU) the reference answers.
 
     Raises:
         ShapeError: shapes, dtypes or devices that don't fit, heads that don't divide, a mask of the
@@ -81,7 +83,7 @@ def scaled_dot_product_attention(
     chosen = resolve("scaled_dot_product_attention", backend, {"torch": None, "reference": None})
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     mask = _joined(mask, causal, q, k)
-    if chosen == "torch":
+    if chosen == "torch" and (mask is None or not known_broken(q, k, v)):
         return _torch(q, k, v, mask, scale, dropout)
     mask = _dense(mask, q, k)
     (q, k, v), (bad_q, bad_k, bad_v) = without_nan(q, k, v)

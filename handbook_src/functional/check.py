@@ -13,6 +13,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from handbook_src.errors import ConfigError, ShapeError
 
@@ -204,8 +205,20 @@ def as_tuple(op: str, name: str, value: int | Sequence[int], axes: int, *, least
 
 def known_finite(*tensors: Tensor) -> bool:
     """Whether it is known that nothing is NaN or infinite: looked at where looking waits for nobody."""
-    if torch.compiler.is_compiling():
-        return False
-    if any(x.device.type != "cpu" or torch._C._functorch.is_batchedtensor(x) for x in tensors):
-        return False
+    return _at_hand(*tensors) and _finite(*tensors)
+
+
+def known_broken(*tensors: Tensor) -> bool:
+    """Whether it is known that something is NaN or infinite (or that sums overflow); not the opposite of the above."""
+    return _at_hand(*tensors) and not _finite(*tensors)
+
+
+def _at_hand(*tensors: Tensor) -> bool:
+    """Whether values may be looked at: eager, on the processor, no tensor of samples or of shapes alone."""
+    return not torch.compiler.is_compiling() and not any(
+        x.device.type != "cpu" or isinstance(x, FakeTensor) or torch._C._functorch.is_batchedtensor(x) for x in tensors
+    )
+
+
+def _finite(*tensors: Tensor) -> bool:
     return math.isfinite(sum(float(x.detach().sum(dtype=torch.float32)) for x in tensors))

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from handbook_src.errors import ConfigError
 from handbook_src.functional.check import check_size
 from handbook_src.functional.chunked_attention import check_lengths, chunk_rule, chunked_attention
 from handbook_src.functional.mask import Mask, padding
@@ -44,11 +45,23 @@ class PatternAttention(SelfAttention, ABC):
         if lengths is not None:
             check_input(type(self).__name__, x, self.q_proj)
             check_lengths(type(self).__name__, lengths, x)
+        check_keeps_all(type(self).__name__, cache, x.shape[1])
         padded = None if lengths is None else padding(lengths)
         x, _, _, broken = self._shielded(x, None, padded, cache, by_key=True)
         q, k, v = self._project(x, None, cache)
         out = self._attend(q, k, v, lengths, self.dropout if self.training else 0.0)
         return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
+
+
+def check_keeps_all(name: str, cache: KeyValueCache | None, t: int) -> None:
+    """Refuse a cache that forgets: a pattern counts places from the first token."""
+    after = getattr(cache, "after", None)
+    seen = getattr(cache, "seen", 0)
+    if after is not None and after(t) < seen + t:
+        raise ConfigError(
+            f"{name} with a cache", got=f"one that keeps {after(t)} of {seen + t} tokens", want="one that keeps all",
+            remedy="Use AppendCache, StaticCache or PagedCache, or SlidingWindowAttention, which may forget.",
+        )  # fmt: skip
 
 
 @final

@@ -256,15 +256,26 @@ def _loss(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor, backend: str) ->
 
 
 @pytest.mark.law(SDPA, "causal-attention")
-def test_a_nan_in_the_future_reaches_no_past_query_of_the_reference() -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_nan_in_the_future_reaches_no_past_query(backend: str) -> None:
     q, k, v = qkv()
     want = scaled_dot_product_attention(q, k, v, causal=True, backend="reference")
     k[:, 3], v[:, 4] = math.nan, math.nan
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, causal=True, backend="reference")
+    out = scaled_dot_product_attention(q, k, v, causal=True, backend=backend)
     torch.testing.assert_close(out[:, :3], want[:, :3])
     assert out[:, 3:].isnan().all(), "what a query may see is not hidden from it, broken or not"
     grads = torch.autograd.grad(out[:, :3].sum(), (q, k, v))
+    assert all(x.isfinite().all() for x in grads)
+
+
+@pytest.mark.law(SDPA)
+def test_a_broken_query_of_the_padding_sends_nothing_back() -> None:
+    q, k, v = qkv()
+    q[0, 3:] = math.nan
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = scaled_dot_product_attention(*leaves, padding(torch.tensor([3, 5])))
+    grads = torch.autograd.grad(out[0, :3].sum() + out[1].sum(), leaves)
     assert all(x.isfinite().all() for x in grads)
 
 

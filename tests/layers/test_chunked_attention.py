@@ -15,7 +15,7 @@ from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.layers.attention import MultiHeadAttention
 from handbook_src.layers.chunked_attention import ChunkedAttention, PatternAttention
 from handbook_src.layers.dilated_attention import DilatedAttention
-from handbook_src.layers.kv_cache import AppendCache
+from handbook_src.layers.kv_cache import AppendCache, SinkCache
 from handbook_src.layers.sparse_transformer import FixedAttention, StridedAttention
 from handbook_src.testing import assert_causal, assert_parity, refuses
 
@@ -134,6 +134,15 @@ def test_refusals_of_what_all_share(name: str) -> None:
     for shape in ((3, 8), (2, 3, 7), (1, 2, 3, 8)):
         with refuses(ShapeError, "features", shape, 8):
             layer(torch.randn(shape))
+
+
+@every("refusal")
+def test_a_cache_that_forgets_is_refused_before_it_stores(name: str) -> None:
+    layer, cache = make(name).eval().requires_grad_(False), SinkCache(0, 4)
+    layer(torch.randn(1, 4, 8), cache=cache)
+    with refuses(ConfigError, "cache", "4 of 5 tokens", "SlidingWindowAttention"):
+        layer(torch.randn(1, 1, 8), cache=cache)
+    assert cache.seen == 4
 
 
 @every("law", "chunked", "chunked, causal", "dilated", "dilated, causal")
