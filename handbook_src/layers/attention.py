@@ -208,28 +208,11 @@ class MultiHeadAttention(nn.Module):
         cache: KeyValueCache | None,
         by_key: bool = False,
     ) -> tuple[Tensor, Tensor | None, MaskLike | None, Tensor | None]:
-        """Zero what is not finite where ``mask`` hides it from all; say where the output is NaN for it, ``b t 1``.
-
-        A mask that was written out for it is returned in the rule's place.  With ``by_key`` none is: only rules
-        about keys alone are asked, about one query.
-        """
-        source = self._checked(x, memory, cache)
-        if mask is None or (isinstance(mask, Mask) and mask.batch is None) or known_finite(source):
-            return x, memory, mask, None  # rules that know no samples hold no padding
-        if (cache is not None and not hasattr(cache, "after")) or len(source) != len(x):
-            return x, memory, mask, None  # nobody knows which keys the mask means
-        if by_key and isinstance(mask, Mask) and mask.positional:
-            return x, memory, mask, None
-        (b, t, _), keys = x.shape, source.shape[1]
-        s = keys if cache is None else cache.after(keys)
-        check_mask(mask, b, self.heads, t, s)
-        written: MaskLike | None = mask
-        if isinstance(mask, Mask):
-            written = mask.sdpa(1, s, offset=0, device=x.device) if by_key else mask.sdpa(t, s, device=x.device)
-        assert isinstance(written, Tensor)  # ``full`` knows no samples
-        hidden = ~seen_by_any(written)[..., s - keys :] & ~source.isfinite().all(-1)
-        source = source.masked_fill(hidden[..., None], 0.0)
-        return (source, None, written, hidden[..., None]) if memory is None else (x, source, written, None)
+        """Shield what keys and values are made of; say where the output is NaN for it, ``b t 1``."""
+        source, written, hidden = self._checked(x, memory, cache), mask, None
+        if len(source) == len(x):
+            source, written, hidden = shield_padding(source, mask, x.shape[1], self.heads, cache, by_key)
+        return (source, None, written, hidden) if memory is None else (x, source, written, None)
 
     def _turned(
         self, q: Tensor, k: Tensor, memory: Tensor | None, cache: KeyValueCache | None
@@ -317,6 +300,41 @@ def check_input(op: str, x: Tensor, projection: nn.Module) -> None:
     weight = getattr(projection, "weight", x)  # none where an adapter stands in its place
     if weight.dtype != x.dtype and weight.is_floating_point() and not autocasting(x):
         check_one_dtype(op, weight, x)
+
+
+def shield_padding(
+    source: Tensor, mask: MaskLike | None, t: int, heads: int, cache: object = None, by_key: bool = False
+) -> tuple[Tensor, MaskLike | None, Tensor | None]:
+    """Zero what is not finite where a mask hides it from all: zero times NaN is NaN in a projection's gradient.
+
+    Args:
+        source: what keys and values are made of, ``b s d``.
+        mask: the rule or tensor of the attention.
+        t: queries.
+        heads: of the queries.
+        cache: what it holds comes before ``source``.
+        by_key: ask only rules about keys alone, about one query: the work stays linear.
+
+    Returns:
+        The source; the mask, or what was written of it (unless ``by_key``); which positions were zeroed, ``b s 1``.
+
+    Raises:
+        ShapeError: the mask is of the wrong shape or dtype.
+        ConfigError: it is neither rule nor tensor.
+    """
+    if mask is None or (isinstance(mask, Mask) and mask.batch is None) or known_finite(source):
+        return source, mask, None  # rules that know no samples hold no padding
+    if (cache is not None and not hasattr(cache, "after")) or (by_key and isinstance(mask, Mask) and mask.positional):
+        return source, mask, None  # nobody knows which keys the mask means
+    b, keys = source.shape[:2]
+    s = keys if cache is None else cache.after(keys)
+    check_mask(mask, b, heads, t, s)
+    written: MaskLike | None = mask
+    if isinstance(mask, Mask):
+        written = mask.sdpa(1, s, offset=0, device=source.device) if by_key else mask.sdpa(t, s, device=source.device)
+    assert isinstance(written, Tensor)  # ``full`` knows no samples
+    hidden = (~seen_by_any(written)[..., s - keys :] & ~source.isfinite().all(-1))[..., None]
+    return source.masked_fill(hidden, 0.0), mask if by_key else written, hidden
 
 
 def check_ahead(cache: object, q: Tensor, mask: MaskLike | None, causal: bool) -> None:

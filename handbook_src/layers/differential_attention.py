@@ -19,7 +19,7 @@ from handbook_src.functional.differential_attention import (
 )
 from handbook_src.functional.norm import statistic_dtype
 from handbook_src.functional.rope import apply_rope
-from handbook_src.layers.attention import check_ahead, check_input
+from handbook_src.layers.attention import check_ahead, check_input, shield_padding, with_broken
 from handbook_src.layers.kv_cache import KVCache
 from handbook_src.layers.norm import RMSNorm
 from handbook_src.layers.rope import RotaryEmbedding
@@ -129,27 +129,32 @@ class DifferentialAttention(nn.Module):
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to ``x``, and to what the cache holds."""
+        self._check(x)
+        x, mask, broken = shield_padding(x, mask, x.shape[1], self.heads, cache)
         q, k, v = self._project(x, cache, mask, causal)
         out = differential_attention(q, k, v, self.lam(), mask, causal=causal)
         out = (1 - self.lambda_init) * self.norm(out)
-        return self.out_proj(rearrange(out.to(q.dtype), "b t h c -> b t (h c)"))
+        return with_broken(self.out_proj(rearrange(out.to(q.dtype), "b t h c -> b t (h c)")), broken)
 
     def weights(
         self, x: Float[Tensor, "b t d"], mask: MaskLike | None = None, causal: bool = False
     ) -> Float[Tensor, "b h t s"]:
         """Return each head's difference of maps: rows sum to 1 - lambda, entries may be negative."""
+        self._check(x)
         q, k, _ = self._project(x, None)
         wide = statistic_dtype(q)
         q, k = q.to(wide), k.to(wide)
         first, second = (attention_weights(q[:, :, i::2], k[:, :, i::2], mask, causal=causal) for i in (0, 1))
         return (first - self.lam() * second).to(x.dtype)
 
-    def _project(
-        self, x: Tensor, cache: KVCache | None, mask: MaskLike | None = None, causal: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _check(self, x: Tensor) -> None:
         check_input("DifferentialAttention", x, self.q_proj)
         check_rank("DifferentialAttention", x, (3,), "(batch, time, features)")
         check_features("DifferentialAttention", x, self.dim)
+
+    def _project(
+        self, x: Tensor, cache: KVCache | None, mask: MaskLike | None = None, causal: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
             rearrange(proj(x), "b t (h e) -> b t h e", e=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)

@@ -20,7 +20,7 @@ from handbook_src.functional.linear_attention import (
     linear_attention_step,
 )
 from handbook_src.functional.mask import Mask
-from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.attention import MultiHeadAttention, with_broken
 
 
 @final
@@ -82,11 +82,12 @@ class LinearAttention(MultiHeadAttention):
         state: LinearState | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to ``memory`` (or to ``x`` itself), and to what ``state`` has summed up before."""
+        x, memory, _, broken = self._shielded(x, memory, mask, None, by_key=True)
         q, k, v = self._project(x, memory, None)
         out = linear_attention(
             q, k, v, mask, feature_map=self.feature_map, causal=causal, chunk=self.chunk, state=state
         )
-        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+        return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
 
     def summed(self, x: Float[Tensor, "b t d"], mask: Mask | Bool[Tensor, ...] | None = None) -> LinearState:
         """Return the state after a prompt, which :meth:`step` goes on from."""

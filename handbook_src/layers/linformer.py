@@ -15,7 +15,7 @@ from handbook_src.functional.attention import scaled_dot_product_attention
 from handbook_src.functional.check import check_size
 from handbook_src.functional.linformer import linformer_attention, linformer_weights, mix
 from handbook_src.functional.mask import Mask
-from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.attention import MultiHeadAttention, with_broken
 
 Sharing = Literal["none", "headwise", "key-value"]
 SHARING = ("none", "headwise", "key-value")
@@ -100,13 +100,14 @@ class LinformerAttention(MultiHeadAttention):
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to mixtures of ``memory`` (or of ``x`` itself); ``causal`` is refused."""
         _refuse_causal(causal)
+        x, memory, _, broken = self._shielded(x, memory, mask, None, by_key=True)
         dropout = self.dropout if self.training else 0.0
         if mask is None and self.share != "none":
             out = scaled_dot_product_attention(*self._mixed(x, memory), dropout=dropout)
         else:
             q, k, v = self._project(x, memory, None)
             out = linformer_attention(q, k, v, self.key_projection, self.value_projection, mask, dropout=dropout)
-        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+        return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
 
     def _mixed(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Mix tokens before they become keys and values, E (X W) = (E X) W: fewer rows meet the weights."""

@@ -22,7 +22,7 @@ from handbook_src.functional.check import (
 )
 from handbook_src.functional.knn_memory import knn_attention, memory_gate, normalize_heads
 from handbook_src.functional.mask import Mask
-from handbook_src.layers.attention import check_input
+from handbook_src.layers.attention import check_input, shield_padding, with_broken
 
 
 @final
@@ -273,6 +273,7 @@ class MemorizingAttention(nn.Module):
         if memory is not None and not isinstance(memory, KNNMemory):
             got = type(memory).__name__
             raise ConfigError("MemorizingAttention memory", got=got, want="a KNNMemory", remedy="Pass KNNMemory(8192).")
+        x, mask, broken = shield_padding(x, mask, x.shape[1], self.heads)
         q, k, v = (
             rearrange(proj(x), "b t (h e) -> b t h e", h=self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -283,7 +284,7 @@ class MemorizingAttention(nn.Module):
             present = memory.lengths > 0 if len(memory.lengths) else x.new_zeros(len(x), dtype=torch.bool)
             out = memory_gate(out, retrieved, self.gate_bias, present)
             memory.add(k, v, self._real(mask, q))
-        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+        return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
 
     @staticmethod
     def _real(mask: MaskLike | None, q: Tensor) -> Tensor | None:

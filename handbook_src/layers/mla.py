@@ -14,7 +14,7 @@ from handbook_src.functional.attention import MaskLike
 from handbook_src.functional.check import check_features, check_parameter_dtype, check_rank, check_size
 from handbook_src.functional.mla import Form, check_form, latent_attention
 from handbook_src.functional.rope import apply_rope
-from handbook_src.layers.attention import check_ahead, check_input
+from handbook_src.layers.attention import check_ahead, check_input, shield_padding, with_broken
 from handbook_src.layers.kv_cache import KVCache, held_bytes
 from handbook_src.layers.norm import RMSNorm
 from handbook_src.layers.rope import RotaryEmbedding
@@ -225,7 +225,9 @@ class MultiHeadLatentAttention(nn.Module):
         check_input("MultiHeadLatentAttention", x, self.kv_a_proj_with_mqa)
         check_rank("MultiHeadLatentAttention", x, (3,), "(batch, time, features)")
         check_features("MultiHeadLatentAttention", x, self.dim)
-        q, kv = self._queries_and_latents(x, 0 if cache is None else self._seen(cache))
+        seen = 0 if cache is None else self._seen(cache)
+        x, mask, broken = shield_padding(x, mask, x.shape[1], self.heads, cache)
+        q, kv = self._queries_and_latents(x, seen)
         if cache is not None:
             check_form(form)
             check_ahead(cache, q, mask, causal)
@@ -233,7 +235,7 @@ class MultiHeadLatentAttention(nn.Module):
         up = rearrange(self.kv_b_proj.weight.to(q.dtype), "(h f) c -> h f c", h=self.heads)  # as autocast has it
         up_key, up_value = up.split((self.head_dim, self.value_dim), 1)
         out = latent_attention(q, kv, up_key, up_value, mask, causal=causal, scale=self.scale, form=form)
-        return self.o_proj(rearrange(out, "b t h w -> b t (h w)"))
+        return with_broken(self.o_proj(rearrange(out, "b t h w -> b t (h w)")), broken)
 
     def _queries_and_latents(self, x: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         q = self.q_proj(x) if self.query_latent_dim is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))

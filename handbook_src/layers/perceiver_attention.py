@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError
-from handbook_src.functional.attention import MaskLike, check_mask
+from handbook_src.functional.attention import MaskLike
 from handbook_src.functional.check import (
     check_features,
     check_floating,
@@ -19,8 +19,7 @@ from handbook_src.functional.check import (
     check_rank,
     check_size,
 )
-from handbook_src.functional.mask import Mask
-from handbook_src.layers.attention import CrossAttention, SelfAttention
+from handbook_src.layers.attention import CrossAttention, SelfAttention, shield_padding
 from handbook_src.layers.mlp import MLP
 from handbook_src.layers.norm import LayerNorm
 
@@ -94,7 +93,8 @@ class LatentCrossAttention(nn.Module):
         """Read ``x``; ``mask`` is most often ``padding(lengths)``."""
         check_memory("LatentCrossAttention", z, self.dim, "queries", self.norm_q.weight)
         check_memory("LatentCrossAttention", x, self.kv_dim, "memory", self.norm_q.weight)
-        x = _readable(x, z.shape[1], self.attention.heads, mask)
+        if len(x) == len(z):  # before the norm, whose weights would get the NaN
+            x, mask, _ = shield_padding(x, mask, z.shape[1], self.attention.heads)
         read = self.attention(self.norm_q(z), self.norm_kv(x), mask)
         z = z + read if self.residual else read
         out: Tensor = z + self.mlp(self.norm_mlp(z))
@@ -254,17 +254,6 @@ class PerceiverAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"latents={tuple(self.latents.shape)}, input_dim={self.input_dim}, repeats={self.repeats}"
-
-
-def _readable(x: Tensor, queries: int, heads: int, mask: MaskLike | None) -> Tensor:
-    """Zero what no query may read: a NaN there would reach the weights' gradients through the norm."""
-    if mask is None:
-        return x
-    check_mask(mask, x.shape[0], heads, queries, x.shape[1])
-    seen = mask.dense(queries, x.shape[1], device=x.device) if isinstance(mask, Mask) else mask
-    seen = (seen if seen.dtype == torch.bool else ~seen.isneginf()).any(-2)
-    seen = seen.any(1) if seen.ndim == 3 else seen[None]  # b n, over heads and queries
-    return x.masked_fill(~seen[..., None], 0.0)
 
 
 def check_memory(op: str, x: Tensor, features: int, name: str, weight: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from handbook_src.errors import ConfigError
 from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.performer import KINDS, Kind, performer_attention, random_features
-from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.attention import MultiHeadAttention, with_broken
 
 
 @final
@@ -102,8 +102,9 @@ class PerformerAttention(MultiHeadAttention):
         causal: bool = False,
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to ``memory`` (or to ``x`` itself)."""
+        x, memory, _, broken = self._shielded(x, memory, mask, None, by_key=True)
         out = performer_attention(*self._project(x, memory, None), self.projection, mask, kind=self.kind, causal=causal)
-        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+        return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
 
     def weights(
         self,

@@ -14,6 +14,7 @@ from handbook_src.errors import ConfigError
 from handbook_src.functional.check import check_features, check_probability, check_rank, check_size
 from handbook_src.functional.lsh_attention import Rotations, lsh_attention, lsh_factors, lsh_rotations
 from handbook_src.functional.mask import Mask
+from handbook_src.layers.attention import shield_padding, with_broken
 from handbook_src.layers.linear import Linear
 from handbook_src.layers.mlp import MLP
 from handbook_src.layers.norm import LayerNorm
@@ -95,10 +96,11 @@ class LSHAttention(nn.Module):
         """Attend under a rule, with the given directions instead of the layer's own where given."""
         check_rank("LSHAttention", x, (3,), "(b, t, dim)")
         check_features("LSHAttention", x, self.dim)
+        x, _, broken = shield_padding(x, mask, x.shape[1], self.heads, by_key=True)
         qk, v = (rearrange(proj(x), "b t (h e) -> b t h e", h=self.heads) for proj in (self.qk_proj, self.v_proj))
         rotations = self.rotations(x.shape[1], x.device) if rotations is None else rotations
         out = lsh_attention(qk, v, rotations, mask, chunk=self.chunk, causal=self.causal)
-        return self.out_proj(rearrange(out, "b t h e -> b t (h e)"))
+        return with_broken(self.out_proj(rearrange(out, "b t h e -> b t (h e)")), broken)
 
     def rotations(self, t: int, device: torch.device | str | None = None) -> list[Tensor]:
         """Draw the directions for ``t`` positions: new ones, or the seed's."""

@@ -24,11 +24,19 @@ from handbook_src.layers.attention import (
     SelfAttention,
 )
 from handbook_src.layers.chunked_attention import ChunkedAttention
+from handbook_src.layers.differential_attention import DifferentialAttention
 from handbook_src.layers.dilated_attention import DilatedAttention
 from handbook_src.layers.global_local import LongformerAttention
 from handbook_src.layers.grouped_query import GroupedQueryAttention
 from handbook_src.layers.kv_cache import AppendCache
+from handbook_src.layers.linear_attention import LinearAttention
+from handbook_src.layers.linformer import LinformerAttention
+from handbook_src.layers.memorizing import MemorizingAttention
+from handbook_src.layers.mla import MultiHeadLatentAttention
+from handbook_src.layers.perceiver_attention import LatentCrossAttention
+from handbook_src.layers.performer import PerformerAttention
 from handbook_src.layers.random_attention import BigBirdAttention
+from handbook_src.layers.reformer import LSHAttention
 from handbook_src.layers.rope import RotaryEmbedding
 from handbook_src.layers.sliding_window import SlidingWindowAttention
 from handbook_src.testing import (
@@ -429,17 +437,26 @@ SHIELDED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dilated": (lambda: DilatedAttention(8, 2, reach=2, dilation=2), "lengths"),
     "longformer": (lambda: LongformerAttention(8, 2, window=3), "mask"),
     "bigbird": (lambda: BigBirdAttention(8, 2, block_size=2), "mask"),
+    "linear": (lambda: LinearAttention(8, 2), "mask"),
+    "performer": (lambda: PerformerAttention(8, 2, 6), "mask"),
+    "linformer": (lambda: LinformerAttention(8, 2, 9, 4), "mask"),
+    "hashing": (lambda: LSHAttention(8, 2, chunk=3, seed=0), "mask"),
+    "latent reader": (lambda: LatentCrossAttention(8, 8, 2), "memory"),
+    "memorizing": (lambda: MemorizingAttention(8, 2), "mask"),
+    "differential": (lambda: DifferentialAttention(8, 2), "mask"),
+    "latent": (lambda: MultiHeadLatentAttention(8, 2, latent_dim=4, head_dim=4, rope=2), "mask"),
 }
+TENSORS = (*list(SHIELDED)[:5], "latent reader", "memorizing", "differential", "latent")  # take more than rules
 
 
 @pytest.mark.law(
     "multi-head-attention", "causal-attention", "cross-attention", "sliding-window-attention", "chunked-attention",
-    "dilated-attention", "global-local-attention", "random-attention", "gqa",
+    "dilated-attention", "global-local-attention", "random-attention", "gqa", "linear-attention", "performer",
+    "linformer", "reformer", "perceiver-attention", "memorizing-transformer", "differential-attention", "mla",
 )  # fmt: skip
 @pytest.mark.parametrize(
     ("name", "form"),
-    [(name, "rule") for name in SHIELDED]
-    + [(name, form) for name in list(SHIELDED)[:5] for form in ("tensor", "added")],  # the others take no tensor
+    [(name, "rule") for name in SHIELDED] + [(name, form) for name in TENSORS for form in ("tensor", "added")],
 )
 def test_nan_in_padding_reaches_no_weight(name: str, form: str) -> None:
     make, kind = SHIELDED[name]
