@@ -271,6 +271,8 @@ def _joined(mask: MaskLike | None, causal: bool, q: Tensor, k: Tensor) -> MaskLi
     b, t, h, _ = q.shape
     s = k.shape[1]
     check_mask(mask, b, h, t, s)
+    if isinstance(mask, Tensor) and mask.device != q.device:
+        refuse("attention mask", f"one on {mask.device}", f"one on {q.device}", "Move it: mask.to(q.device).")
     if mask is full:
         mask = None
     if not causal:

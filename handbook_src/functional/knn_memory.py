@@ -180,7 +180,8 @@ def attend_to_found(
 def _attend(q: Tensor, keys: Tensor, values: Tensor, found: Tensor, scale: float, best: Tensor | None = None) -> Tensor:
     there, dtype, at = found >= 0, q.dtype, _places(found, keys)
     q, keys, values = at_least_float32(q), keys.detach(), values.detach()
-    if keys.dtype == q.dtype and keys.numel() and known_finite(q, keys, values):  # rows are read where they lie
+    numbers = keys.numel() and values.numel()
+    if numbers and keys.dtype == q.dtype and known_finite(q, keys, values):  # rows are read where they lie
         at, keys, values = at.flatten(0, 2), _table(keys), _table(values)
         if q.requires_grad:  # but a memory may be written over before the gradient is asked for
             at, keys, values = _kept(at, keys, values)
@@ -394,7 +395,7 @@ def _places(found: Tensor, keys: Tensor) -> Tensor:
 
 def _table(x: Tensor) -> Tensor:
     """The rows of all samples and heads one below the other; a view where they lie so."""
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, 2)
 
 
 def _kept(at: Tensor, *tables: Tensor) -> list[Tensor]:

@@ -396,11 +396,11 @@ def shielded(
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse queries, keys and values that don't fit each other."""
+    check_floating(op, q, k, v)
     if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3] or q.shape[::3] != k.shape[::3]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         want = "four axes: q (b, t, h, e), k (b, s, g, e), v (b, s, g, c)"
         refuse(f"{op} inputs", shapes, want, "Split the features into heads; heads stand third.")
-    check_floating(op, q, k, v)
     check_one_dtype(op, q, k, v)
     check_one_device(op, q, k, v)
     if q.shape[3] == 0:

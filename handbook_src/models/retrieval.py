@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -51,6 +51,10 @@ def split_markdown(text: str, source: str, *, words: int = 120, per_section: int
     Raises:
         ConfigError: a count below one.
     """
+    if not isinstance(text, str):
+        raise ConfigError(
+            "split_markdown text", got=type(text).__name__, want="a string", remedy="Read the file first."
+        )
     check_size("split_markdown", "words", words)
     if per_section is not None:
         check_size("split_markdown", "per_section", per_section)
@@ -276,7 +280,7 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def listed(texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
+    if isinstance(texts, str) or not isinstance(texts, Iterable) or not all(isinstance(t, str) for t in texts):
         got = "one string" if isinstance(texts, str) else "something that is no string"
         raise ConfigError("texts to search", got=got, want="a list of strings", remedy="Wrap it: [question].")
     return list(texts)

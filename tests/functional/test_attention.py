@@ -411,6 +411,8 @@ def test_refuses_masks_that_do_not_fit(backend: str) -> None:
             scaled_dot_product_attention(q, k, v, torch.ones(shape, dtype=torch.bool), backend=backend)
     with refuses(ShapeError, "torch.int64", "true = may attend"):
         scaled_dot_product_attention(q, k, v, torch.ones(5, 4, dtype=torch.int64), backend=backend)  # type: ignore[arg-type]
+    with refuses(ShapeError, "one on meta", "cpu"):
+        scaled_dot_product_attention(q, k, v, torch.ones(5, 4, dtype=torch.bool, device="meta"), backend=backend)
     with refuses(ShapeError, "t=5", "s=4"):
         scaled_dot_product_attention(q, k, v, causal=True, backend=backend)
     with refuses(ShapeError, "t=5", "s=4"):

@@ -286,6 +286,12 @@ def test_refusals_of_sizes_and_numbers() -> None:
         knn_attention(q, keys, values, 3, index="IVF64,Flat")
 
 
+@pytest.mark.parity(ID)
+def test_values_without_features_give_outputs_without() -> None:
+    q, keys, values = memory(2, 3, 7, 2, 5, 4)
+    assert knn_attention(q, keys, values[..., :0], 3).shape == (*q.shape[:3], 0)
+
+
 @pytest.mark.refusal(ID)
 def test_refusals_of_tensors() -> None:
     q, keys, values = memory(2, 3, 7, 2, 5, 4)

@@ -361,6 +361,8 @@ def test_training_memory_grows_linearly() -> None:
 @pytest.mark.refusal(LINEAR)
 def test_refuses_shapes_and_dtypes_that_do_not_fit() -> None:
     q, k, v = qkv()
+    with refuses(ConfigError, "list", "tensors"):
+        linear_attention(q.tolist(), k, v)
     with refuses(ShapeError, (5, 4, 6), "four axes"):
         linear_attention(q[0], k, v)
     for bad in (qkv(e=5)[1:], [k, qkv(s=4)[2]], qkv(b=3)[1:]):

@@ -151,6 +151,10 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in (0, 1.5, True):
         with refuses(ConfigError, "split_markdown words", words):
             split_markdown(PAGE, "x", words=words)
+    with refuses(ConfigError, "int", "a string"):
+        split_markdown(3, "x")  # type: ignore[arg-type]
+    with refuses(ConfigError, "list of strings"):
+        BM25().fit(3)  # type: ignore[arg-type]
     with refuses(ConfigError, "per_section", 0):
         split_markdown(PAGE, "x", per_section=0)
     for retriever in (BM25(), DenseRetriever(embed)):
