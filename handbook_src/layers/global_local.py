@@ -27,7 +27,8 @@ class LongformerAttention(MultiHeadAttention):
             \operatorname{Attention}\big(x_t W^{Q_g},\; X W^{K_g},\; X W^{V_g}\big) & t \in G
         \end{cases}
 
-    The maths is :func:`handbook_src.functional.global_local.global_local_attention`.
+    The maths is :func:`handbook_src.functional.global_local.global_local_attention`.  Under ``torch.compile`` the
+    blocks are planned outside of the graph, which breaks there.
 
     Args:
         dim: features of ``x`` and of the output.

@@ -23,7 +23,8 @@ class BigBirdAttention(MultiHeadAttention):
     .. math:: Y_i = \operatorname{Attention}(Q_i, K_{N(i)}, V_{N(i)}), \qquad N(i) = \{\, j : L_{ij} = 1 \,\}
 
     The maths is :func:`handbook_src.functional.random_attention.random_attention`; the draw
-    depends on ``seed`` and on the number of blocks alone, in training as in evaluation.
+    depends on ``seed`` and on the number of blocks alone, in training as in evaluation.  Under ``torch.compile`` the
+    blocks are planned outside of the graph, which breaks there.
 
     Args:
         dim: features of ``x`` and of the output.
