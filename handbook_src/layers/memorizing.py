@@ -270,7 +270,7 @@ class MemorizingAttention(nn.Module):
         check_input("MemorizingAttention", x, self.q_proj)
         check_rank("MemorizingAttention", x, (3,), "(batch, tokens, features)")
         check_features("MemorizingAttention", x, self.dim)
-        if memory is not None and not isinstance(memory, KNNMemory):
+        if memory is not None and not hasattr(memory, "attend"):
             got = type(memory).__name__
             raise ConfigError("MemorizingAttention memory", got=got, want="a KNNMemory", remedy="Pass KNNMemory(8192).")
         x, mask, broken = shield_padding(x, mask, x.shape[1], self.heads)
