@@ -61,7 +61,6 @@ def axial_attention(
     rows, keys, values = (x.flatten(0, -4) for x in (q, k, v))
     check_qkv(rows, keys, values)
     check_numbers(scale, dropout)
-
     out = under_rule(causal_rule if causal else full, chosen, rows, keys, values, scale, dropout)
     return out.reshape(*q.shape[:-1], v.shape[-1]).movedim(-3, axis + 1)
 
