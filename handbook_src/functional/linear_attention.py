@@ -433,7 +433,7 @@ def key_mask(op: str, mask: object, q: Tensor, k: Tensor, causal: bool) -> tuple
         raise ShapeError(f"{op} mask", got=mask.dtype, want="bool", remedy="Nothing can be added to these scores.")
     if mask.shape[-2] != 1 or (mask.ndim == 4 and mask.shape[1] != 1):
         raise ShapeError(f"{op} mask", got=tuple(mask.shape), want=f"(1, {s}) or ({b}, 1, 1, {s})", remedy=remedy)
-    return mask.reshape(-1, s).expand(b, s), causal
+    return mask.flatten(0, -2).expand(b, s), causal
 
 
 def check_state(state: LinearState, k: Tensor, v: Tensor) -> None:

@@ -459,3 +459,11 @@ def test_states_and_feature_maps_that_are_none() -> None:
     for phi in (["elu"], None, 3):
         with refuses(ConfigError, repr(phi)):
             linear_attention(x, x, x, feature_map=phi)
+
+
+@pytest.mark.parity(LINEAR)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("rule", [padding(torch.tensor([0, 0])), torch.ones(1, 0, dtype=torch.bool)], ids=str)
+def test_a_sequence_of_length_zero_may_have_a_mask(rule: Mask | Tensor, is_causal: bool) -> None:
+    q, k, v = (x[:, :0] for x in qkv())
+    assert linear_attention(q, k, v, rule, causal=is_causal).shape == (*q.shape[:3], v.shape[3])
