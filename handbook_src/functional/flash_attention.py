@@ -295,8 +295,6 @@ def _candidates(
         theirs = "a reason to prefer it: with alibi the formula in bands is faster on a CPU"
     elif deterministic and q.is_cuda and not torch.are_deterministic_algorithms_enabled():
         theirs = "torch.use_deterministic_algorithms(True) beside deterministic=True"
-    elif backend == "auto" and q.device.type == "cpu" and _rule(o) is not None and not torch.compiler.is_compiling():
-        theirs = None if known_finite(k, v) else "finite keys and values: torch lets NaN through a mask"
     # Under the interpreter the kernels run on a CPU, for tests; nobody gets them there without asking.
     if backend == "triton" or (backend == "auto" and q.is_cuda):
         ours = _missing(q, k, v, o)
