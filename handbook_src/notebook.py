@@ -14,6 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from handbook_src.errors import ConfigError
+from handbook_src.judge import OPEN, Judgement
 
 if TYPE_CHECKING:
     import torch
@@ -127,13 +128,14 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
     display({"text/html": html, "text/plain": plain}, raw=True)
 
 
-def claim(id: str, verdict: Verdict, figures: Mapping[str, Any], because: str) -> None:
-    """Settle one row of the claims ledger from what this notebook has just measured.
+def claim(id: str, verdict: Verdict | Judgement, figures: Mapping[str, Any] | None = None, because: str = "") -> None:
+    """Settle one row of the claims ledger from what this notebook shows.
 
     Args:
         id: the row's id in ``handbook_src/catalogue/claims.tsv``, e.g. ``rms-norm-1``.
-        verdict: ``holds``, ``fails``, ``depends`` or ``no evidence``.
-        figures: the measured numbers that decide, by name.
+        verdict: what :func:`handbook_src.judge.judge` made of recorded samples; or ``holds``, ``fails``,
+            ``depends`` or ``no evidence`` where the claim is settled by a proof.
+        figures: numbers that decide, by name; a judgement brings effect, interval, samples and rule.
         because: one sentence; for ``depends``, on what.
 
     Raises:
@@ -147,6 +149,11 @@ def claim(id: str, verdict: Verdict, figures: Mapping[str, Any], because: str) -
     rows = {c.id: c for c in claims()}
     if id not in rows:
         raise ConfigError("claim id", got=repr(id), want="an id of claims.tsv", remedy="See the ledger for the ids.")
+    if isinstance(verdict, Judgement):
+        figures, verdict = {**verdict.figures, **(figures or {})}, verdict.verdict
+    if verdict == OPEN:
+        display({"text/plain": f"{id} is open: no valid record."}, raw=True)
+        return
     if verdict not in VERDICTS:
         raise ConfigError("claim verdict", got=repr(verdict), want=f"one of {VERDICTS}", remedy="Choose one.")
     if not figures:

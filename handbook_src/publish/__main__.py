@@ -21,13 +21,16 @@ def parameters(options: Any) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     options, rest = parse(argv)
-    from handbook_src.publish import build, proof
+    from handbook_src.publish import build, proof, record
 
-    asked = build.Options(getattr(options, "only", []), parameters(options), options.jobs, options.patience)
     try:
+        if options.command == "record":
+            asked = {k: v for k, v in vars(options).items() if k != "command"}
+            return record.record(repository(), record.Options(**asked))
+        wanted = build.Options(getattr(options, "only", []), parameters(options), options.jobs, options.patience)
         if options.command == "test":
-            return proof.test(repository(), asked, rest)
-        return build.book(repository(), asked)
+            return proof.test(repository(), wanted, rest)
+        return build.book(repository(), wanted)
     except HandbookError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ quotes. Labels are resolved with what Sphinx left in ``handbook-labels.json``.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ CODE_FENCE = re.compile(r"^\s*(`{3,}|~{3,})(?!\{)")
 ROLE = re.compile(r"\{(?P<name>[\w:+-]+)\}(?P<ticks>`+)(?P<text>.+?)(?P=ticks)", re.S)
 #: Directives that only group or place what they hold.
 TRANSPARENT = {"div", "grid", "grid-item", "tab-set", "card", "container", "margin", "table", "only"}
+#: How a cell is hidden in Jupyter and in Colab.
+FOLDED = {"jupyter": {"source_hidden": True}, "cellView": "form", "tags": ["records"]}
 TITLES = {"note", "tip", "warning", "important", "seealso", "hint", "caution", "attention", "danger", "error"}
 
 
@@ -300,6 +303,11 @@ def install_line() -> str:
     return f'%pip install -q "handbook-src[notebook] @ git+{site.repository()}"  # once per session'
 
 
+def compact(path: Path) -> str:
+    """A chapter's records on one line."""
+    return json.dumps(json.loads(path.read_text("utf8")), separators=(",", ":"))
+
+
 def convert(notebook: Any, context: Context) -> Any:
     """The plain copy of an executed chapter."""
     context.values = glued(notebook)
@@ -311,6 +319,11 @@ def convert(notebook: Any, context: Context) -> Any:
         if cell.cell_type == "markdown":
             cell.source = plain(cell.source, context)
     notebook.cells = [c for c in notebook.cells if c.cell_type == "code" or c.source]
+    path = context.folder / f"{Path(context.page).name}.record.json"
+    if path.exists():
+        call = f"carry({path.name.partition('.')[0]!r}, {compact(path)!r})"
+        carried = f"from handbook_src.experiment import carry\n\n{call}"
+        notebook.cells[:0] = [nbformat.v4.new_code_cell(carried, id="handbook-records", metadata=FOLDED)]
     head = nbformat.v4.new_markdown_cell(first, id="handbook-about")
     install = nbformat.v4.new_code_cell(install_line(), id="handbook-install", metadata={"tags": ["install"]})
     notebook.cells[:0] = [head, install]

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         description="An executable handbook of neural networks: build it, or prove it.",
         allow_abbrev=False,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="{book,test,setup}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{book,test,record,setup}")
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     common.add_argument("--jobs", type=positive, metavar="N", help="processes at a time (default: one a core)")
     common.add_argument(
@@ -59,6 +59,16 @@ def parser() -> argparse.ArgumentParser:
         help="build, then run every test and every notebook again; further arguments go to pytest",
         allow_abbrev=False,
     )
+    record = commands.add_parser(
+        "record", help="run the full setting of the experiments without a valid record", allow_abbrev=False
+    )
+    record.add_argument("chapters", nargs="*", metavar="CHAPTER", help="of these chapters (default: all)")
+    record.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these experiments")
+    record.add_argument("--device", default="cpu", metavar="D", help="where they run, e.g. cuda (default: cpu)")
+    record.add_argument("--minutes", type=float, metavar="M", help="start nothing new after M minutes")
+    record.add_argument("--jobs", type=positive, metavar="N", help="experiments at a time (default: one a core)")
+    record.add_argument("--check", action="store_true", help="only list what is missing or stale; exit 1 if any is")
+    record.add_argument("--again", action="store_true", help="run also those whose record is valid")
     commands.add_parser("setup", help="only make the environment", allow_abbrev=False)
     return top
 

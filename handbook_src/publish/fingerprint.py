@@ -67,6 +67,8 @@ class Fingerprints:
         trees = list(parsed(sources))
         for path in sorted(self.files(trees, self.book.root / page)):
             digest.update(f"{path.relative_to(self.book.root).as_posix()}\0{self.digest(path)}\n".encode())
+        records = self.book.root / f"{page}.record.json"
+        digest.update(records.read_bytes() if records.exists() else b"")
         for row in self.rows(trees):
             digest.update(row.encode())
         return digest.hexdigest()[:20]

@@ -6,9 +6,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
+from handbook_src.experiment import Records, stamp
+from handbook_src.program import traced
 from handbook_src.publish.book import Book, write
 from handbook_src.publish.chapters import Chapter, names, source
 from handbook_src.publish.execute import merge, read
@@ -49,6 +52,7 @@ class Stage:
     def chapter(self, chapter: Chapter, kept: Path) -> None:
         """The page with the outputs of the kept execution."""
         notebook = merge(read(chapter.source), nbformat.read(kept, as_version=4))
+        notebook.cells = list(stamped(notebook.cells, Records.load(chapter.source.stem, chapter.source.parent)))
         self.put(self.book.staged(chapter.page), nbformat.writes(notebook).encode())
         self.book.staged(chapter.page, ".md").unlink(missing_ok=True)
 
@@ -74,3 +78,21 @@ def stub(path: Path, reason: str) -> str:
     title = next((i for i, line in enumerate(lines) if line.startswith("# ")), -1)
     notice = ["", "```{warning}", reason, "```", ""]
     return "\n".join([*lines[: title + 1], *notice, *lines[title + 1 :]]) + "\n"
+
+
+def stamped(cells: list[Any], records: Records) -> Iterator[Any]:
+    """The cells, with a line under each figure and table that says which recording it shows."""
+    reads = iter(traced([c.source for c in cells if c.cell_type == "code"]))
+    for cell in cells:
+        yield cell
+        names = next(reads) if cell.cell_type == "code" else set()
+        entries = [entry for name in sorted(names) for entry in records.entries.get(name, {}).values()]
+        if entries and any(shows(output) for output in cell.outputs):
+            lines = "<br>".join(dict.fromkeys(map(stamp, entries)))
+            yield nbformat.v4.new_markdown_cell(f'<p class="handbook-stamp">{lines}</p>', id=f"{cell['id']}-stamp")
+
+
+def shows(output: Any) -> bool:
+    """Whether an output is a figure or a table."""
+    data = output.get("data", {})
+    return any(kind.startswith("image/") for kind in data) or "handbook-table" in "".join(data.get("text/html", ""))
