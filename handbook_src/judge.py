@@ -93,8 +93,9 @@ def judge(
         )  # fmt: skip
     effect, low, high = confidence(a, b, paired, interval)
     verdict = decide(rule, low, high, bound)
-    shown = (math.exp(x) for x in (effect, low, high)) if ratio else (effect, low, high)
-    return Judgement(verdict, *shown, len(a), says)
+    if ratio:
+        effect, low, high = math.exp(effect), math.exp(low), math.exp(high)
+    return Judgement(verdict, effect, low, high, len(a), says)
 
 
 def decide(rule: Rule, low: float, high: float, margin: float) -> str:
@@ -114,19 +115,17 @@ def confidence(a: list[float], b: list[float], paired: bool, interval: str) -> t
     from scipy import stats
 
     x, y = np.asarray(a), np.asarray(b)
-    difference = x - y if paired else None
     effect = float(x.mean() - y.mean())
-    still = np.ptp(difference) == 0 if paired else np.ptp(x) == 0 == np.ptp(y)
-    if still:
+    samples = (x - y,) if paired else (x, y)
+    if all(np.ptp(sample) == 0 for sample in samples):
         return effect, effect, effect
     if interval == "t":
         test = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
         found = test.confidence_interval(0.95)
     else:
-        samples = (difference,) if paired else (x, y)
-        statistic = np.mean if paired else (lambda u, v, axis: u.mean(axis) - v.mean(axis))
+        mean = np.mean if paired else (lambda u, v, axis: u.mean(axis) - v.mean(axis))
         found = stats.bootstrap(
-            samples, statistic, vectorized=True, axis=-1, rng=np.random.default_rng(0)
+            samples, mean, vectorized=True, axis=-1, rng=np.random.default_rng(0)
         ).confidence_interval
     return effect, float(found.low), float(found.high)
 

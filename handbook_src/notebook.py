@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from handbook_src.errors import ConfigError
 from handbook_src.judge import OPEN, Judgement
@@ -26,7 +26,6 @@ INK, PAPER_INK = "#1f2328", "#d8dee6"
 #: Okabe-Ito colours, shifted to read on white and on near-black alike.
 COLOURS = ["#2f81d6", "#d2691e", "#0b9e73", "#c46aa0", "#c98a00", "#7a7aee"]
 
-Verdict = Literal["holds", "fails", "depends", "no evidence"]
 VERDICTS = ("holds", "fails", "depends", "no evidence")
 
 
@@ -128,7 +127,7 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
     display({"text/html": html, "text/plain": plain}, raw=True)
 
 
-def claim(id: str, verdict: Verdict | Judgement, figures: Mapping[str, Any] | None = None, because: str = "") -> None:
+def claim(id: str, verdict: str | Judgement, figures: Mapping[str, Any] | None = None, because: str = "") -> None:
     """Settle one row of the claims ledger from what this notebook shows.
 
     Args:
@@ -150,7 +149,8 @@ def claim(id: str, verdict: Verdict | Judgement, figures: Mapping[str, Any] | No
     if id not in rows:
         raise ConfigError("claim id", got=repr(id), want="an id of claims.tsv", remedy="See the ledger for the ids.")
     if isinstance(verdict, Judgement):
-        figures, verdict = {**verdict.figures, **(figures or {})}, verdict.verdict
+        figures = {**verdict.figures, **(figures or {})}
+        verdict = verdict.verdict
     if verdict == OPEN:
         display({"text/plain": f"{id} is open: no valid record."}, raw=True)
         return

@@ -166,7 +166,7 @@ def traced(cells: list[str]) -> list[set[str]]:
     reached: list[set[str]] = []
     newest: dict[str, int] = {}
     for k, (_, s) in enumerate(flat):
-        found = {s.defines} & names
+        found = names & {s.defines or ""}
         if not found:
             found = set().union(*(reached[newest[n]] for n in s.uses if n in newest))
         reached.append(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from IPython.utils.capture import capture_output
 from handbook_src import dispatch, notebook
 from handbook_src.catalogue import claims
 from handbook_src.errors import ConfigError, DataError, Diverged, HandbookError, KernelUnavailable, ShapeError
+from handbook_src.judge import Judgement
 from handbook_src.shapes import AXES
 from handbook_src.testing import refuses
 
@@ -123,6 +125,17 @@ def test_a_claim_shows_verdict_figures_and_reason(shell):
         "id": row.id, "verdict": "no evidence", "figures": [["gap", "0.123"]], "because": "The spread is wider.",
     }  # fmt: skip
     assert re.search(r'class="[^"]*no-evidence', data["text/html"])
+
+
+def test_a_judgement_brings_its_figures_and_an_open_one_settles_nothing(shell):
+    found = Judgement("holds", 0.25, 0.125, 0.375, 10, "more by 0.1")
+    (data,) = shown(lambda: notebook.claim(claims()[0].id, found, {"loss": 0.5}, "It is so."))
+    assert data[notebook.CLAIM_TYPE]["figures"] == [
+        ["effect", "0.25"], ["95 % interval", "0.125 to 0.375"], ["samples", "10"], ["rule", "more by 0.1"],
+        ["loss", "0.5"],
+    ]  # fmt: skip
+    (data,) = shown(lambda: notebook.claim(claims()[0].id, replace(found, verdict="open"), because="It is so."))
+    assert notebook.CLAIM_TYPE not in data
 
 
 def test_a_claim_needs_an_id_a_verdict_and_a_figure(shell):

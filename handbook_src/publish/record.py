@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,14 @@ class Recorder:
         self.running: dict[subprocess.Popen[bytes], tuple[Job, Path, float]] = {}
         self.done: list[tuple[Job, float]] = []
         self.failed: list[str] = []
+        self.say: Callable[[str], None] = print
 
     def run(self) -> int:
         from tqdm import tqdm
 
         places = self.options.jobs or len(os.sched_getaffinity(0))
-        with tempfile.TemporaryDirectory() as folder, tqdm(total=len(self.waiting), leave=False) as bar:
+        with tempfile.TemporaryDirectory() as folder, tqdm(total=len(self.waiting), leave=False, disable=None) as bar:
+            self.say = bar.write
             try:
                 while self.running or (self.waiting and self.in_time()):
                     while self.waiting and self.in_time() and self.fits(places):
@@ -149,15 +151,12 @@ class Recorder:
         threads = len(os.sched_getaffinity(0)) if job.alone else 1
         settings = {**os.environ, **kernel_environment(self.book, threads), "MPLBACKEND": "agg"}
         line = [sys.executable, "-m", "handbook_src.publish.record", str(job.chapter.source), job.name, job.device]
-        process = subprocess.Popen(
-            [*line, str(out)],
-            cwd=job.chapter.source.parent,
-            env=settings,
-            stdout=out.with_suffix(".log").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
+        with out.with_suffix(".log").open("wb") as log:
+            process = subprocess.Popen(
+                [*line, str(out)], cwd=job.chapter.source.parent, env=settings, stdout=log, stderr=subprocess.STDOUT
+            )
         self.running[process] = job, out, time.monotonic()
-        print(f"  start     {job.title}{f'  (last time {clock(job.seconds)})' if job.seconds else ''}", flush=True)
+        self.say(f"  start     {job.title}{f'  (last time {clock(job.seconds)})' if job.seconds else ''}")
 
     def gather(self, bar: Any) -> None:
         for process in [p for p in self.running if p.poll() is not None]:
@@ -169,10 +168,10 @@ class Recorder:
                 keep(job, json.loads(out.read_text("utf8")))
             except (RuntimeError, HandbookError) as error:
                 self.failed.append(f"\nFAILED {job.title}\n{error}")
-                print(f"  failed    {job.title}  {clock(seconds)}", flush=True)
+                self.say(f"  failed    {job.title}  {clock(seconds)}")
             else:
                 self.done.append((job, seconds))
-                print(f"  recorded  {job.title}  {clock(seconds)}; {self.left()}", flush=True)
+                self.say(f"  recorded  {job.title}  {clock(seconds)}; {self.left()}")
             bar.update(1)
 
     def left(self) -> str:
