@@ -6,9 +6,11 @@ import re
 
 import pytest
 from docutils import nodes
+from sphinx import addnodes
+from sphinx.environment import BuildEnvironment
 
 from handbook_src.publish import hero, pages
-from handbook_src.publish.sphinx_ext import imported, stamp
+from handbook_src.publish.sphinx_ext import imported, stamp, titles
 from handbook_src.publish.terms import Terms, is_open, pattern
 
 TERMS = Terms({"token": "t-token", "residual stream": "t-stream", "GPT": "t-gpt", "batch": "t-batch"})
@@ -27,6 +29,21 @@ TERMS = Terms({"token": "t-token", "residual stream": "t-stream", "GPT": "t-gpt"
 )
 def test_terms_are_found_as_words(text: str, anchors: list[str]) -> None:
     assert [a for a, _ in TERMS.in_text(text)] == anchors
+
+
+def contents(title: str, *below: nodes.Node) -> nodes.bullet_list:
+    return nodes.bullet_list("", nodes.list_item("", nodes.paragraph("", title), nodes.bullet_list("", *below)))
+
+
+def test_the_navigation_keeps_titles_and_pages_and_no_headings() -> None:
+    headings = [nodes.list_item("", nodes.paragraph("", "a heading")), addnodes.toctree(entries=[(None, "below")])]
+    env = BuildEnvironment.__new__(BuildEnvironment)
+    env.tocs = {"leaf": contents("Leaf", headings[0].deepcopy()), "branch": contents("Branch", *headings)}
+    found = titles(env)
+    assert found["leaf"].astext() == "Leaf"
+    assert found["branch"].astext().strip() == "Branch"
+    assert [t["entries"] for t in found["branch"].findall(addnodes.toctree)] == [[(None, "below")]]
+    assert env.tocs["leaf"].astext().split() == ["Leaf", "a", "heading"]
 
 
 def test_the_longer_term_wins() -> None:
