@@ -161,7 +161,7 @@ def needed(every: list[Statement], names: set[str]) -> list[Statement]:
 
 def traced(cells: list[str]) -> list[set[str]]:
     """For each cell the experiments whose data it reads, through whatever values of earlier cells."""
-    flat = [(i, s) for i, cell in enumerate(cells) for s in statements([cell])]
+    flat = [(i, s) for i, cell in enumerate(cells) for top in statements([cell]) for s in steps(top.node)]
     names = set(experiments(cells))
     reached: list[set[str]] = []
     newest: dict[str, int] = {}
@@ -172,3 +172,18 @@ def traced(cells: list[str]) -> list[set[str]]:
         reached.append(found)
         newest.update(dict.fromkeys(s.binds, k))
     return [set().union(*(reached[k] for k, (j, _) in enumerate(flat) if j == i)) for i in range(len(cells))]
+
+
+def steps(node: ast.stmt) -> Iterator[Statement]:
+    """A statement in the order in which it runs: a loop gives its variable a value before its body reads it."""
+    if isinstance(node, ast.For):
+        first: ast.stmt = ast.Assign([node.target], node.iter)
+        inner = [*node.body, *node.orelse]
+    elif isinstance(node, ast.If):
+        first, inner = ast.Expr(node.test), [*node.body, *node.orelse]
+    else:
+        yield Statement(node)
+        return
+    yield Statement(ast.fix_missing_locations(ast.copy_location(first, node)))
+    for statement in inner:
+        yield from steps(statement)

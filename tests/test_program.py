@@ -84,3 +84,8 @@ def test_an_unknown_name_is_refused():
 
 def test_what_a_cell_shows_is_traced_to_the_experiment():
     assert traced(CELLS) == [set(), set(), set(), set(), {"race"}, {"race"}, {"race"}]
+
+
+def test_a_loop_variable_is_not_what_an_earlier_cell_left_in_its_name():
+    loop = "for name in ('a', 'b'):\n    if name:\n        print(name)"
+    assert traced([*CELLS[:6], "for name in data:\n    pass", loop])[-2:] == [{"race"}, set()]
