@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from handbook_src.catalogue.ledger import find_stage, judged, ledger, staged
 from handbook_src.catalogue.table import STATUSES, Component, components, fold
@@ -68,22 +69,21 @@ def listing(rows: Sequence[Component]) -> str:
     return "\n".join(lines)
 
 
-def warn_of_missing_runs() -> None:
-    """Say on stderr which verdicts are missing for want of a run."""
-    stage = find_stage()
+def missing_runs(stage: Path | None, checked: list[tuple[Path, str]]) -> list[str]:
+    """Which verdicts are missing for want of a run."""
     if stage is None:
-        print("No built book here, so all claims read open. Build it: python3 -m handbook_src book", file=sys.stderr)
-        return
-    for notebook, why in judged(staged(stage)):
-        if why:
-            page = notebook.relative_to(stage).with_suffix("")
-            print(f"{page}: {why}, so its claims read open: python3 -m handbook_src book", file=sys.stderr)
+        return ["No built book here, so all claims read open. Build it: python3 -m handbook_src book"]
+    pages = [(notebook.relative_to(stage).with_suffix(""), why) for notebook, why in checked if why]
+    return [f"{page}: {why}, so its claims read open: python3 -m handbook_src book" for page, why in pages]
 
 
 def print_claims(as_json: bool) -> None:
     """The ledger; stderr says which verdicts are missing for want of a run."""
-    entries = ledger()
-    warn_of_missing_runs()
+    stage = find_stage()
+    checked = judged(staged(stage)) if stage else []
+    entries = ledger(stage, [notebook for notebook, why in checked if not why])
+    for line in missing_runs(stage, checked):
+        print(line, file=sys.stderr)
     if as_json:
         rows = [{"id": e.id, "component": e.component, "verdict": e.verdict} for e in entries]
         print(json.dumps(rows, indent=1))

@@ -140,15 +140,11 @@ def current(notebooks: Iterable[Path]) -> list[Path]:
 
 def judged(notebooks: Iterable[Path]) -> list[tuple[Path, str]]:
     """Those that settle claims, each with the reason why its verdicts don't count, if there is one."""
-    found = []
-    for path in notebooks:
-        if next(records(path), None) is None:
-            continue
-        try:  # the press needs what the book's environment installs
-            from handbook_src.publish.chapters import is_current
+    settling = [path for path in notebooks if next(records(path), None) is not None]
+    try:  # the press needs what the book's environment installs
+        from handbook_src.publish.chapters import current as up_to_date
 
-            why = "" if is_current(path) else "its code, a source or a pin changed since it ran"
-        except ImportError as error:
-            why = f"whether it is current can't be checked here ({error})"
-        found.append((path, why))
-    return found
+        good = up_to_date(settling)
+    except ImportError as error:
+        return [(path, f"whether it is current can't be checked here ({error})") for path in settling]
+    return [(path, "" if path in good else "its code, a source or a pin changed since it ran") for path in settling]

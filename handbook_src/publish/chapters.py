@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,18 +161,25 @@ def _checked(row: Any, pages: list[str], today: datetime.date) -> Skip:
 
 def is_current(notebook: Path) -> bool:
     """Whether a staged notebook's outputs still belong to the code as it stands now."""
-    import nbformat
+    return bool(current([notebook]))
 
+
+def current(notebooks: Iterable[Path]) -> set[Path]:
+    """Those of the staged notebooks whose outputs still belong to the code as it stands now."""
     from handbook_src.publish.execute import read
     from handbook_src.publish.fingerprint import Fingerprints
 
-    root = next((p.parent for p in notebook.resolve().parents if p.name == "_build"), None)
-    if root is None or not notebook.exists():
-        return False
-    book = Book(root)
-    facts: dict[str, Any] = nbformat.read(notebook, as_version=4).metadata.get("handbook", {})
-    page = notebook.resolve().relative_to(book.stage).with_suffix("").as_posix()
-    text = book.root / f"{page}.md"
-    if "key" not in facts or not text.exists():
-        return False
-    return facts["key"] == Fingerprints(book).key(read(text), page, facts["verified"]["parameters"])
+    prints: dict[Path, Fingerprints] = {}
+    found = set()
+    for notebook in notebooks:
+        root = next((p.parent for p in notebook.resolve().parents if p.name == "_build"), None)
+        if root is None or not notebook.exists():
+            continue
+        book = Book(root)
+        facts = json.loads(notebook.read_text("utf8"))["metadata"].get("handbook", {})
+        page = notebook.resolve().relative_to(book.stage).with_suffix("").as_posix()
+        text = book.root / f"{page}.md"
+        if "key" in facts and text.exists():
+            key = prints.setdefault(root, Fingerprints(book)).key(read(text), page, facts["verified"]["parameters"])
+            found |= {notebook} if key == facts["key"] else set()
+    return found

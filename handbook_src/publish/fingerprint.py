@@ -56,6 +56,8 @@ class Fingerprints:
     device: str | None = None
     _imports: dict[Path, set[str]] = field(default_factory=dict)
     _bytes: dict[Path, str] = field(default_factory=dict)
+    _resolved: dict[str, list[Path]] = field(default_factory=dict)
+    _beside: dict[Path, list[Path]] = field(default_factory=dict)
 
     def key(self, notebook: Any, page: str, parameters: dict[str, Any]) -> str:
         """Twenty hexadecimal digits that change when the outputs may."""
@@ -65,11 +67,12 @@ class Fingerprints:
         facts = [FORMAT, page, sources, tags, parameters, self.versions, sys.version_info[:2], self.gpu(parameters)]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         trees = list(parsed(sources))
-        for path in sorted(self.files(trees, self.book.root / page)):
+        said = set(strings(trees))
+        for path in sorted(self.files(trees, said, self.book.root / page)):
             digest.update(f"{path.relative_to(self.book.root).as_posix()}\0{self.digest(path)}\n".encode())
         records = self.book.root / f"{page}.record.json"
         digest.update(records.read_bytes() if records.exists() else b"")
-        for row in self.rows(trees):
+        for row in self.rows(said):
             digest.update(row.encode())
         return digest.hexdigest()[:20]
 
@@ -87,10 +90,10 @@ class Fingerprints:
             self._bytes[path] = hashlib.sha256(path.read_bytes()).hexdigest()
         return self._bytes[path]
 
-    def files(self, trees: list[ast.AST], page: Path) -> set[Path]:
+    def files(self, trees: list[ast.AST], said: set[str], page: Path) -> set[Path]:
         """Modules, the data beside them, and files named by path."""
         modules = self.modules(trees)
-        return modules | {d for m in modules for d in self.data_beside(m)} | set(self.named(trees, page))
+        return modules | {d for f in {m.parent for m in modules} for d in self.data_in(f)} | set(self.named(said, page))
 
     def modules(self, trees: Iterable[ast.AST]) -> set[Path]:
         """Files of the package that the code imports, directly or not."""
@@ -110,6 +113,11 @@ class Fingerprints:
         return files
 
     def resolve(self, name: str) -> list[Path]:
+        if name not in self._resolved:
+            self._resolved[name] = self._files_of(name)
+        return self._resolved[name]
+
+    def _files_of(self, name: str) -> list[Path]:
         """The file of a dotted name; of a name that a package hands out lazily, all of the package."""
         base = self.book.root.joinpath(*name.split("."))
         for path in (base.with_suffix(".py"), base / "__init__.py"):
@@ -130,15 +138,17 @@ class Fingerprints:
             self._imports[path] = _names_of(path.read_text("utf8"), ".".join(parts))
         return self._imports[path]
 
-    def data_beside(self, module: Path) -> Iterator[Path]:
-        for path in module.parent.iterdir():
-            inside = path.relative_to(self.book.root).as_posix()
-            if path.is_file() and path.suffix not in {".py", ".pyc", ".md", ".part"} and inside not in TABLES:
-                yield path
+    def data_in(self, folder: Path) -> list[Path]:
+        if folder not in self._beside:
+            tables = [self.book.root / table for table in TABLES]
+            others = {".py", ".pyc", ".md", ".part"}
+            found = [p for p in folder.iterdir() if p.suffix not in others and p.is_file() and p not in tables]
+            self._beside[folder] = found
+        return self._beside[folder]
 
-    def named(self, trees: list[ast.AST], page: Path) -> Iterator[Path]:
+    def named(self, said: set[str], page: Path) -> Iterator[Path]:
         """Files that the code names, from the page's folder or from the root; of a folder, all in it."""
-        for text in strings(trees):
+        for text in said:
             if not 0 < len(text) < 200 or "\n" in text or "/" not in text:
                 continue
             for base in (page.parent, self.book.root):
@@ -150,15 +160,14 @@ class Fingerprints:
                 elif path.is_dir() and len(path.relative_to(self.book.root).parts) > 1:
                     yield from (p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
 
-    def rows(self, trees: list[ast.AST]) -> list[str]:
+    def rows(self, said: set[str]) -> list[str]:
         """The rows of the catalogue's tables whose id the code names."""
-        said = set(strings(trees))
-        found = []
-        for table in TABLES:
-            path = self.book.root / table
-            if path.exists():
-                found += [line for line in path.read_text("utf8").splitlines() if line.partition("\t")[0] in said]
-        return found
+        return [line for line in self.table_lines if line.partition("\t")[0] in said]
+
+    @cached_property
+    def table_lines(self) -> list[str]:
+        tables = [self.book.root / table for table in TABLES]
+        return [line for path in tables if path.exists() for line in path.read_text("utf8").splitlines()]
 
 
 def parsed(sources: Iterable[str]) -> Iterator[ast.AST]:

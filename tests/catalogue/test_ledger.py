@@ -99,10 +99,10 @@ def test_without_the_press_a_verdict_does_not_count(tmp_path: Path, monkeypatch:
 
 def test_a_current_notebook_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = stage_with(tmp_path, norm=[HOLDS])
-    monkeypatch.setattr("handbook_src.publish.chapters.is_current", lambda path: True)
+    monkeypatch.setattr("handbook_src.publish.chapters.current", set)
     monkeypatch.setattr(ledger_module, "find_stage", lambda: stage)
     assert {e.id: e.verdict for e in ledger()}["rms-norm-1"] == "holds"
-    monkeypatch.setattr("handbook_src.publish.chapters.is_current", lambda path: False)
+    monkeypatch.setattr("handbook_src.publish.chapters.current", lambda paths: set())
     assert {e.verdict for e in ledger()} == {"open"}
 
 
