@@ -57,6 +57,10 @@ class Book:
         return self.build / "times.json"
 
     @property
+    def finished(self) -> Path:
+        return self.build / "finished.txt"
+
+    @property
     def log(self) -> Path:
         return self.build / "press.log"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -13,8 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import nbformat
-
 from handbook_src.errors import DataError
 from handbook_src.publish import report, site
 from handbook_src.publish.book import Book
@@ -24,6 +23,7 @@ from handbook_src.publish.fingerprint import Fingerprints
 from handbook_src.publish.pool import Pool
 from handbook_src.publish.progress import Progress, clock, expected, keep_times, known_times
 from handbook_src.publish.stage import Stage
+from handbook_src.publish.unchanged import Mark
 
 PATIENCE = 3.0
 #: Executed notebooks kept a chapter, so that going back to another branch costs nothing.
@@ -85,8 +85,8 @@ def plan(book: Book, wanted: list[Chapter], others: list[Chapter], options: Opti
 def spent(path: Path) -> float | None:
     """Seconds that a kept execution took; ``None`` when there is none that can be read."""
     try:
-        seconds: float = nbformat.read(path, as_version=4).metadata["handbook"]["verified"]["seconds"]
-    except (OSError, ValueError, KeyError, nbformat.reader.NotJSONError):
+        seconds: float = json.loads(path.read_text("utf8"))["metadata"]["handbook"]["verified"]["seconds"]
+    except (OSError, ValueError, KeyError):
         return None
     return seconds
 
@@ -148,6 +148,10 @@ def book(root: Path, options: Options, render: Render = render) -> int:
 
 
 def _build(the: Book, options: Options, render: Render) -> int:
+    mark = Mark(the, options)
+    if before := mark.said():
+        print(f"{before}\n\nNothing has changed since.")
+        return 0
     everything = chapters(the)
     left_out = skips(the)
     wanted = [c for c in choose(everything, options.only) if c.page not in left_out]
@@ -161,16 +165,18 @@ def _build(the: Book, options: Options, render: Render) -> int:
     ran = execute(the, made, jobs, threads)
     outcomes = settle(stage, everything, made, ran, left_out)
     by_page = {c.page: c for c in everything}
-    print("\n" + report.times(outcomes, by_page))
-    if left_out:
-        print("\n" + report.skipped(left_out))
+    said = "\n\n".join(filter(None, [report.times(outcomes, by_page), report.skipped(left_out)]))
+    print("\n" + said)
     prune(the)
     if any(o.failure for o in outcomes):
         print("\n" + report.failures(outcomes, by_page, the.root))
         failed = sum(o.failure is not None for o in outcomes)
         print(f"\n{failed} of {len(wanted)} chapters failed, so the site was not built. The rest is cached.")
         return 1
-    return render(the, len(others) == 0)
+    code = render(the, len(others) == 0)
+    if code == 0:
+        mark.keep(said)
+    return code
 
 
 def settle(

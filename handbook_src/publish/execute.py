@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,14 @@ def kernel_environment(book: Book, threads: int = 1) -> dict[str, str]:
 
 
 def read(path: Path) -> Any:
-    """A chapter's text as a notebook, with cell ids that don't change from run to run."""
-    notebook = jupytext.read(path)
+    """A chapter's text as a notebook; whoever changes it copies it first."""
+    return parse(path.read_text("utf8"))
+
+
+@cache
+def parse(text: str) -> Any:
+    """Parsed once a build, with cell ids that don't change from run to run."""
+    notebook = jupytext.reads(text, fmt="md")
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
     return notebook
