@@ -22,6 +22,7 @@ from handbook_src.publish.execute import Failure, Outcome, Task, entry, kernel_e
 from handbook_src.publish.fingerprint import Fingerprints
 from handbook_src.publish.pool import Pool
 from handbook_src.publish.progress import Progress, clock, expected, keep_times, known_times
+from handbook_src.publish.speed import slowness
 from handbook_src.publish.stage import Stage
 from handbook_src.publish.unchanged import Mark
 
@@ -39,11 +40,11 @@ class Options:
     jobs: int | None = None
     patience: float | None = None
 
-    def limit(self, chapter: Chapter) -> float | None:
+    def limit(self, chapter: Chapter, slowness: float) -> float | None:
         """Seconds after which a chapter fails. Budgets are for the quick setting; the full one has none."""
         if self.patience is None and self.parameters.get("quick") is False:
             return None
-        return (self.patience or PATIENCE) * chapter.budget
+        return (self.patience or PATIENCE) * chapter.budget * slowness
 
 
 @dataclass
@@ -61,6 +62,7 @@ def plan(book: Book, wanted: list[Chapter], others: list[Chapter], options: Opti
     """Look every chapter up in the cache; longest first among those to execute."""
     prints = Fingerprints(book)
     made = Plan()
+    todo: list[tuple[Chapter, str]] = []
     for chapter in [*wanted, *others]:
         try:
             notebook = read(chapter.source)
@@ -68,27 +70,29 @@ def plan(book: Book, wanted: list[Chapter], others: list[Chapter], options: Opti
         except Exception as error:  # a text that doesn't parse must not stop the other chapters
             made.broken.append(Outcome(chapter.page, "failed", failure=Failure(f"its text can't be read: {error}")))
             continue
-        path, limit = entry(book, chapter, key), options.limit(chapter)
-        made.kept[chapter.page] = path
+        made.kept[chapter.page] = path = entry(book, chapter, key)
         made.cells[chapter.page] = sum(c.cell_type == "code" for c in notebook.cells)
-        seconds = spent(path)
-        if seconds is not None and (limit is None or seconds <= limit):
-            made.cached.append(Outcome(chapter.page, "cached", seconds))
+        before = known(path, chapter.page)
+        limit = options.limit(chapter, before.slowness) if before else None
+        if before and (limit is None or before.seconds <= limit):
+            made.cached.append(before)
         elif chapter in wanted:
             path.unlink(missing_ok=True)
-            made.tasks.append(Task(chapter, key, options.parameters, limit))
+            todo.append((chapter, key))
     times = known_times(book)
-    made.tasks.sort(key=lambda t: -expected(t.chapter, times))
+    todo.sort(key=lambda pair: -expected(pair[0], times))
+    slow = slowness(kernel_environment(book)) if todo else 1.0
+    made.tasks = [Task(c, key, options.parameters, options.limit(c, slow), slow) for c, key in todo]
     return made
 
 
-def spent(path: Path) -> float | None:
-    """Seconds that a kept execution took; ``None`` when there is none that can be read."""
+def known(path: Path, page: str) -> Outcome | None:
+    """What a kept execution says of itself; ``None`` when there is none that can be read."""
     try:
-        seconds: float = json.loads(path.read_text("utf8"))["metadata"]["handbook"]["verified"]["seconds"]
+        facts = json.loads(path.read_text("utf8"))["metadata"]["handbook"]
+        return Outcome(page, "cached", facts["verified"]["seconds"], slowness=facts.get("slowness", 1.0))
     except (OSError, ValueError, KeyError):
         return None
-    return seconds
 
 
 def execute(book: Book, made: Plan, jobs: int, threads: int) -> list[Outcome]:
@@ -162,6 +166,8 @@ def _build(the: Book, options: Options, render: Render) -> int:
     jobs = min(options.jobs or cores(), max(len(made.tasks), 1))
     threads = 1 if options.parameters.get("quick", True) else max(1, cores() // jobs)
     print(f"{len(wanted)} chapters: {len(made.tasks)} to execute, {jobs} at a time; the rest is cached.", flush=True)
+    if made.tasks and made.tasks[0].slowness >= 1.1:
+        print(report.stretched(made.tasks[0].slowness), flush=True)
     ran = execute(the, made, jobs, threads)
     outcomes = settle(stage, everything, made, ran, left_out)
     by_page = {c.page: c for c in everything}

@@ -30,12 +30,13 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True)
 class Task:
-    """One chapter to execute: under which key its outputs are kept, within which seconds."""
+    """One chapter to execute: under which key its outputs are kept, within which seconds here."""
 
     chapter: Chapter
     key: str
     parameters: dict[str, Any] = field(default_factory=dict)
     limit: float | None = None
+    slowness: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Outcome:
     state: str
     seconds: float = 0.0
     failure: Failure | None = None
+    slowness: float = 1.0
 
 
 def kernel_environment(book: Book, threads: int = 1) -> dict[str, str]:
@@ -110,17 +112,18 @@ def execute(book: Book, task: Task, report: Callable[[int], None] = lambda cell:
     if failure is None and not any(c.get("execution_count") for c in done.cells if not _injected(c)):
         failure = Failure("it executed no cell")
     if failure is None and task.limit is not None and seconds > task.limit:
-        failure = too_slow(chapter, seconds, task.limit)
+        failure = too_slow(task, seconds, task.limit)
     if failure is not None:
         return Outcome(chapter.page, "failed", seconds, failure)
     done.metadata["handbook"] = {
         **dict(notebook.metadata.get("handbook", {})),
         "key": task.key,
+        "slowness": task.slowness,
         "verified": verified(task.parameters, seconds),
     }
     write(entry(book, chapter, task.key), nbformat.writes(done).encode())
     failed.unlink()
-    return Outcome(chapter.page, "executed", seconds)
+    return Outcome(chapter.page, "executed", seconds, slowness=task.slowness)
 
 
 def run(book: Book, task: Task, notebook: Any, out: Path, watch: Stopwatch) -> Failure | None:
@@ -157,16 +160,17 @@ def run(book: Book, task: Task, notebook: Any, out: Path, watch: Stopwatch) -> F
         source = cells[position].source if 0 <= position < len(cells) else ""
         why = f"{type(error).__name__}: {error}".strip()
         if watch.expired and task.limit is not None:
-            why = too_slow(task.chapter, watch.seconds, task.limit).why + "; stopped"
+            why = too_slow(task, watch.seconds, task.limit).why + "; stopped"
         return located(task.chapter, notebook, source, why, [])
     finally:
         watch.stop()
     return None
 
 
-def too_slow(chapter: Chapter, seconds: float, limit: float) -> Failure:
-    times = limit / chapter.budget
-    return Failure(f"it took {seconds:.1f} s, more than {times:.3g} times its budget of {chapter.budget:g} s")
+def too_slow(task: Task, seconds: float, limit: float) -> Failure:
+    budget = task.chapter.budget
+    why = f"it took {seconds:.1f} s, more than {limit / budget / task.slowness:.3g} times its budget of {budget:g} s"
+    return Failure(f"{why}, times {task.slowness:.2f} for this machine" if task.slowness > 1 else why)
 
 
 def located(chapter: Chapter, notebook: Any, source: str, why: str, trace: list[str]) -> Failure:

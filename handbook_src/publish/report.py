@@ -16,11 +16,15 @@ def times(outcomes: list[Outcome], chapters: dict[str, Chapter]) -> str:
     lines = [f"{'chapter':{width}}  seconds  budget  state"]
     for outcome in outcomes:
         chapter = chapters[outcome.page]
-        over = outcome.state in ("executed", "cached") and outcome.seconds > chapter.budget
+        over = outcome.state in ("executed", "cached") and outcome.seconds > chapter.budget * outcome.slowness
         state = outcome.state + (", over its budget" if over else "")
         spent = f"{outcome.seconds:7.1f}" if outcome.state != "skipped" else f"{'-':>7}"
         lines.append(f"{chapter.name:{width}}  {spent}  {chapter.budget:6g}  {state}")
     return "\n".join(lines)
+
+
+def stretched(slowness: float) -> str:
+    return f"This machine is {slowness:.2f} times as slow as the one of the budgets, which are stretched by that."
 
 
 def failures(outcomes: list[Outcome], chapters: dict[str, Chapter], root: Path) -> str:

@@ -174,9 +174,31 @@ def test_old_executions_are_pruned(tiny):
 def test_budgets_bind_the_quick_setting_only(tiny):
     tiny.chapter("a", "1", budget=20)
     chapter = chapters.chapters(tiny.book)[0]
-    assert build.Options().limit(chapter) == 60
-    assert build.Options(patience=10.0).limit(chapter) == 200
-    assert build.Options(parameters={"quick": False}).limit(chapter) is None
+    assert build.Options().limit(chapter, 1.0) == 60
+    assert build.Options(patience=10.0).limit(chapter, 1.0) == 200
+    assert build.Options().limit(chapter, 2.0) == 120
+    assert build.Options(parameters={"quick": False}).limit(chapter, 1.0) is None
+
+
+def test_a_slow_machine_gets_more_time(tiny, monkeypatch, capsys):
+    tiny.chapter("a", "import time\ntime.sleep(1)", budget=0.2)
+    assert tiny.build() == 1
+    assert "more than 3 times its budget of 0.2 s; stopped" in capsys.readouterr().out
+    monkeypatch.setattr(build, "slowness", lambda settings: 100.0)
+    assert tiny.build() == 0
+    said = capsys.readouterr().out
+    assert "100.00 times as slow" in said
+    assert "over its budget" not in said
+    monkeypatch.setattr(build, "slowness", lambda settings: 1.0)
+    assert tiny.build() == 0  # kept: it was in time on the machine that it ran on
+    assert "0 to execute" in capsys.readouterr().out
+
+
+def test_a_chapter_that_is_too_slow_for_a_slow_machine_is_told_so(tiny, monkeypatch, capsys):
+    tiny.chapter("a", "import time\ntime.sleep(60)", budget=0.2)
+    monkeypatch.setattr(build, "slowness", lambda settings: 2.0)
+    assert tiny.build() == 1
+    assert "more than 3 times its budget of 0.2 s, times 2.00 for this machine" in capsys.readouterr().out
 
 
 def test_the_table_says_who_is_over_budget(tiny):
@@ -184,6 +206,8 @@ def test_the_table_says_who_is_over_budget(tiny):
     by_page = {c.page: c for c in chapters.chapters(tiny.book)}
     table = report.times([Outcome("book/a", "executed", 31.5)], by_page)
     assert table.splitlines()[1].split(maxsplit=3) == ["a", "31.5", "20", "executed, over its budget"]
+    table = report.times([Outcome("book/a", "executed", 31.5, slowness=2.0)], by_page)
+    assert table.splitlines()[1].split(maxsplit=3) == ["a", "31.5", "20", "executed"]
 
 
 def test_long_tracebacks_are_cut_to_their_end(tiny):
