@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from handbook_src.testing.parity import labelled
+from handbook_src.testing.parity import check_resolution, labelled
 
 
 def assert_causal(fn: Callable[[Tensor], Tensor], x: Tensor, *, axis: int = 1, seed: int = 0) -> None:
@@ -40,6 +40,7 @@ def assert_batch_independent(
 ) -> None:
     """Assert that each sample's output is the same alone as in the batch (axis 0)."""
     y = fn(x)
+    check_resolution(y.dtype, rtol)
     for i in range(x.shape[0]):
         alone = fn(x[i : i + 1])[0]
         torch.testing.assert_close(alone, y[i], rtol=rtol, atol=atol, msg=labelled(f"sample {i}"))
@@ -50,4 +51,6 @@ def assert_permutation_equivariant(
 ) -> None:
     """Assert that permuting the input along ``axis`` permutes the output alike."""
     order = torch.randperm(x.shape[axis], generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(fn(x.index_select(axis, order)), fn(x).index_select(axis, order), rtol=rtol, atol=atol)
+    want = fn(x).index_select(axis, order)
+    check_resolution(want.dtype, rtol)
+    torch.testing.assert_close(fn(x.index_select(axis, order)), want, rtol=rtol, atol=atol)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from handbook_src.errors import ConfigError
+
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     r"""Return :math:`\lVert a - e \rVert_2 / \lVert e \rVert_2` in float64; NaN never passes."""
@@ -45,7 +47,9 @@ def assert_parity(
 
     Raises:
         AssertionError: the outputs or a gradient differ; says which, and by how much.
+        ConfigError: ``dtype`` can't resolve ``rtol``.
     """
+    check_resolution(dtype, rtol)
     pairs = list(parameters)
     for p in (q for pair in pairs for q in pair):
         p.grad = None
@@ -76,6 +80,18 @@ def assert_parity(
 def labelled(name: str) -> Callable[[str], str]:
     """Return what puts ``name`` before the message of ``torch.testing.assert_close``."""
     return lambda message: f"{name}: {message}"
+
+
+def check_resolution(dtype: torch.dtype, rtol: float) -> None:
+    """Refuse a tolerance below rounding: a batch and a sample may take different BLAS kernels, 3e-8 apart in float32.
+
+    Raises:
+        ConfigError: ``rtol`` is smaller than the dtype's machine epsilon.
+    """
+    eps = torch.finfo(dtype).eps
+    if rtol < eps:
+        remedy = "Compare in float64, or pass a multiple of eps."
+        raise ConfigError("rtol", got=rtol, want=f"at least {eps:.1e} in {dtype}", remedy=remedy)
 
 
 def _copies(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:

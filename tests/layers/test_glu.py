@@ -75,9 +75,9 @@ def test_it_is_the_formula(activation, dim, hidden):
 # ---------------------------------------------------------------- laws
 @pytest.mark.law("glu")
 def test_samples_and_positions_stay_apart():
-    layer = GatedFeedForward(4, 6)
-    assert_batch_independent(layer, torch.randn(3, 2, 4))
-    x = torch.randn(2, 5, 4)
+    layer = GatedFeedForward(4, 6).double()
+    assert_batch_independent(layer, draw(3, 2, 4))
+    x = draw(2, 5, 4)
     torch.testing.assert_close(layer(x)[:, 2], layer(x[:, 2]))
 
 

@@ -111,6 +111,15 @@ def test_equivariance_catches_positions():
         assert_permutation_equivariant(lambda x: x * torch.arange(4).view(1, 4, 1), X)
 
 
+@pytest.mark.parametrize("law", [assert_batch_independent, assert_permutation_equivariant])
+def test_a_tolerance_below_rounding_is_refused(law):
+    with refuses(ConfigError, "rtol", 1e-9, "1.2e-07 in torch.float32"):
+        law(torch.tanh, X.float())
+    law(torch.tanh, X.float(), rtol=1e-6)
+    with refuses(ConfigError, "rtol", 1e-9, "7.8e-03 in torch.bfloat16"):
+        assert_parity(torch.tanh, torch.tanh, [X], dtype=torch.bfloat16)
+
+
 def bad_eps():
     raise ConfigError("eps", got=-1.0, want="positive", remedy="Use 1e-5.")
 
