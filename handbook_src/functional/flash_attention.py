@@ -184,8 +184,7 @@ def flash_attention_varlen(
     _check_packed(q, k, v)
     edges_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check_edges(cu_seqlens_q, edges_k, q)
-    options = _checked(q[None], k[None], v[None], False, window, alibi, soft_cap, sinks, scale, packed=True)
-    options = options._replace(causal=causal)
+    options = _checked(q[None], k[None], v[None], causal, window, alibi, soft_cap, sinks, scale, packed=True)
     able = _candidates(q[None], k[None], v[None], options, deterministic, return_lse, backend, packed=True)
     runs = resolve("flash_attention_varlen", backend, able)
     if runs != "triton" or q.device.type == "cpu" or max_seqlen_q is None or max_seqlen_k is None:

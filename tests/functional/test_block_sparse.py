@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional import block_sparse
 from handbook_src.functional.attention import scaled_dot_product_attention
-from handbook_src.functional.block_sparse import block_sparse_attention, plan_blocks
+from handbook_src.functional.block_plan import _Sheet
+from handbook_src.functional.block_sparse import block_sparse_attention, plan_blocks, rows_first
 from handbook_src.functional.mask import (
     Mask,
     anticausal,
@@ -115,6 +117,34 @@ def test_a_block_is_live_exactly_where_the_rule_lets_something_through(name: str
                 for j in range(live.shape[2]):
                     part = seen[:, i * size : i * size + size, j * size : j * size + size]
                     torch.testing.assert_close(live[:, i, j], part.flatten(1).any(1))
+
+
+#: rules whose conditions are exact over blocks, so that no block that is all visible needs a mask
+EXACT = ("full", "causal", "anticausal", "window", "blocks", "padding", "documents", "nothing")
+
+
+@pytest.mark.law(BIGBIRD)
+@pytest.mark.parametrize("name", EXACT)
+def test_a_block_that_is_all_visible_is_known_as_such(name: str) -> None:
+    rule = RULES[name]
+    for t, s in ((33, 33), (9, 33)):
+        seen = rule.dense(t, s)
+        seen = (seen if seen.ndim == 4 else seen[None, None]).all(0)
+        for size in (4, 7):
+            whole = _Sheet(rule, t, s, size, torch.device("cpu")).whole
+            for i in range(whole.shape[1]):
+                for j in range(s // size):  # a last block that is not full is masked
+                    part = seen[:, i * size : i * size + size, j * size : j * size + size]
+                    torch.testing.assert_close(whole[:, i, j], part.flatten(1).all(1))
+
+
+@pytest.mark.law(BIGBIRD)
+@pytest.mark.parametrize(("t", "s"), [(32, 32), (33, 36), (1, 5)])
+def test_inputs_are_filled_up_to_whole_blocks_and_no_further(t: int, s: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    monkeypatch.setattr(block_sparse, "rows_first", lambda x, n: rows.append(n) or rows_first(x, n))
+    block_sparse_attention(*qkv(t, s), causal, block_size=4)
+    assert rows == [math.ceil(n / 4) * 4 for n in (t, s, s)]
 
 
 @pytest.mark.law("sliding-window-attention")
@@ -266,5 +296,7 @@ def test_a_batch_of_none_and_blocks_longer_than_the_sequence() -> None:
     rule = causal & padding(torch.zeros(0, dtype=torch.int64))
     assert block_sparse_attention(q[:0], k[:0], v[:0], rule).shape[0] == 0
     assert rule.dense(5).shape == (0, 1, 5, 5)
+    for n in (0, 1, 5):
+        assert plan_blocks(causal, n, block_size=10**9).block_size == max(n, 1)
     found = block_sparse_attention(q, k, v, causal, block_size=10**9)  # of which five exist
     torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v, causal))

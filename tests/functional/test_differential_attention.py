@@ -156,6 +156,17 @@ def test_the_reference_rounds_once() -> None:
     assert F.mse_loss(near.double(), want) > 0
 
 
+@pytest.mark.law(ID)
+def test_half_precision_rounds_the_two_means_and_not_the_scores() -> None:
+    q, k, v = (x.bfloat16() for x in inputs(16, 16, 2, 2, 8, 16))
+    q = 8 * q  # wide scores, which half precision would round by a tenth
+    first, second = (
+        scaled_dot_product_attention(q[:, :, i::2].double(), k[:, :, i::2].double(), v.double()) for i in (0, 1)
+    )
+    error = (differential_attention(q, k, v, 0.8).double() - (first - 0.8 * second)).abs()
+    assert (error <= 2**-7 * (first.abs() + second.abs()).amax()).all()
+
+
 @pytest.mark.refusal(ID)
 def test_refusals() -> None:
     q, k, v = inputs(4, 4, 2, 2, 3, 6)

@@ -235,6 +235,14 @@ def test_a_rule_of_ones_own() -> None:
     assert even.dense(3, 2).shape == (3, 2), "a rule that does not compare positions may have more queries than keys"
 
 
+@pytest.mark.law("attention-masks")
+@pytest.mark.parametrize("rule", [full, sinks(1), prefix(2), padding(LENGTHS), left_padding(LENGTHS)], ids=str)
+def test_rules_of_keys_alone_may_have_more_queries_than_keys(rule: Mask) -> None:
+    assert not rule.positional
+    torch.testing.assert_close(four(rule, 5, 3), four(rule, 1, 3).expand(-1, -1, 5, -1))
+    assert (rule & causal).positional
+
+
 @pytest.mark.registration("attention-masks")
 def test_lengths_may_be_int32() -> None:
     torch.testing.assert_close(padding(LENGTHS.int()).dense(4), padding(LENGTHS).dense(4))

@@ -76,6 +76,14 @@ def test_each_row_sees_its_window_the_ends_and_as_many_drawn_blocks_as_asked(blo
 
 
 @pytest.mark.law(BIGBIRD)
+@pytest.mark.parametrize(
+    ("s", "size", "blocks"), [(0, 4, 1), (1, 4, 1), (4, 4, 1), (5, 4, 2), (37, 16, 3), (37, 64, 1)]
+)
+def test_a_rule_has_as_many_blocks_as_hold_positions(s: int, size: int, blocks: int) -> None:
+    assert bigbird_rule(s, size).extent == blocks * size
+
+
+@pytest.mark.law(BIGBIRD)
 def test_the_draw_is_the_same_each_time_and_uniform() -> None:
     assert bigbird_layout(30, seed=7).equal(bigbird_layout(30, seed=7))
     assert not bigbird_layout(30, seed=7).equal(bigbird_layout(30, seed=8))

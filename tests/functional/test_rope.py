@@ -45,7 +45,7 @@ def by_complex_numbers(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -
 @pytest.mark.parametrize("shape", SHAPES)
 def test_apply_rope_is_a_product_of_complex_numbers(shape, interleaved, per_sample, backend):
     b, t, _, e = shape
-    for rotary in {e, 2, max(2, e // 4 * 2)}:  # partial rotation too
+    for rotary in {e, 2, max(2, e // 4 * 2), max(2, e // 3 * 2)}:  # partial rotation too
         cos, sin = tables(t, rotary, b if per_sample else None)
         assert_parity(
             lambda x, c, s: apply_rope(x, c, s, interleaved=interleaved, backend=backend),

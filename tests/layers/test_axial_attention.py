@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.mask import along, causal
@@ -34,6 +35,29 @@ def test_it_is_multi_head_attention_under_the_rule(axis: int, is_causal: bool, b
         [torch.randn(2, 3, 4, 8)],
         parameters=list(zip(layer.parameters(), other.parameters(), strict=True)),
     )
+
+
+@pytest.mark.parity(ID)
+@pytest.mark.parametrize("shape", [(3, 4), (1, 5), (5, 1)])
+def test_raster_attention_is_its_formula(shape: tuple[int, int]) -> None:
+    """Rows read whole, columns downwards, one step down, and rows from the left."""
+    layer = RasterAttention(8, 2, bias=True).double()
+    for p in layer.parameters():
+        p.data.normal_(std=0.5)
+
+    def on_lines(part: AxialAttention, x: Tensor, rule: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (2, 4)).transpose(-2, -3) for p in (part.q_proj, part.k_proj, part.v_proj))
+        weights = (q @ k.mT / 2).masked_fill(~rule, -torch.inf).softmax(-1)
+        return part.out_proj((weights @ v).transpose(-2, -3).flatten(-2))
+
+    def by_hand(x: Tensor) -> Tensor:
+        (n, m), past = shape, torch.ones(5, 5, dtype=torch.bool).tril()
+        u = on_lines(layer.row, x, torch.ones(m, m, dtype=torch.bool))
+        u = on_lines(layer.column, u.transpose(1, 2), past[:n, :n]).transpose(1, 2)
+        above = torch.cat([torch.zeros_like(u[:, :1]), u[:, :-1]], 1)
+        return on_lines(layer.masked_row, x + above, past[:m, :m])
+
+    assert_parity(layer, by_hand, [torch.randn(2, *shape, 8)])
 
 
 @pytest.mark.outside(ID)

@@ -60,6 +60,7 @@ def test_the_papers_sizes() -> None:
     kim = CharCNNEmbedding(60)
     assert (kim.embedding_dim, len(kim.highways), kim.projection) == (525, 1, None)
     assert (sum(n for _, n in KIM_SMALL), sum(n for _, n in ELMO)) == (525, 2048)
+    assert [width for width, _ in ELMO] == [1, 2, 3, 4, 5, 6, 7]
     assert (kim.highways[0].gate.bias == -2).all()
     kim.highways[0].gate.bias.data.zero_()
     kim.reset_parameters()

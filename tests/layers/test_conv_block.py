@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.layers.conv_block import activation
 from handbook_src.layers.dense_block import DenseBlock, Transition
 from handbook_src.layers.fire_module import FireModule
 from handbook_src.layers.inception_module import InceptionModule
@@ -181,6 +182,12 @@ def test_refuses_another_device(kind):
         build(kind)(torch.ones(2, 4, 6, 6, device="meta"))
     with refuses(ShapeError, kind.__name__, torch.float64, torch.float32):
         build(kind).to("meta")(torch.ones(2, 4, 6, 6, device="meta", dtype=torch.float64))
+
+
+@pytest.mark.law("residual-block")
+def test_an_activation_works_in_place_where_its_input_is_not_read_again() -> None:
+    for asked, allowed in ((True, True), (True, False), (False, True)):
+        assert activation(partial(nn.ReLU, inplace=asked), in_place=allowed).inplace == (asked and allowed)
 
 
 @pytest.mark.law("residual-block", "bottleneck-block", "inverted-residual", "dense-block")

@@ -132,6 +132,16 @@ def test_weights_sum_to_one_minus_lambda_and_lambda_starts_by_depth() -> None:
 
 
 @pytest.mark.law(ID)
+def test_lambdas_vectors_are_drawn_with_a_deviation_of_a_tenth() -> None:
+    layer = DifferentialAttention(2, 1, head_dim=20_000)
+    for _ in range(2):
+        for vector in (layer.lambda_q1, layer.lambda_k1, layer.lambda_q2, layer.lambda_k2):
+            assert vector.std().item() == pytest.approx(0.1, rel=0.03)  # six deviations of the estimate
+            vector.data.zero_()
+        layer.reset_parameters()
+
+
+@pytest.mark.law(ID)
 def test_each_head_is_normalised_alone_and_half_the_heads_cost_the_same() -> None:
     layer, x = DifferentialAttention(16, 2).double(), torch.randn(2, 5, 16).double()
     with torch.no_grad():

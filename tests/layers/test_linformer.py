@@ -24,6 +24,9 @@ SHARING = pytest.mark.parametrize("share", ["none", "headwise", "key-value"])
 @pytest.mark.parametrize("n", [9, 5, 1])
 def test_the_equation_head_by_head(share: str, bias: bool, n: int) -> None:
     layer = LinformerAttention(12, 3, 9, 4, share=share, bias=bias).double()
+    for name, p in layer.named_parameters():
+        if name.endswith("bias"):
+            p.data.normal_()
     e = layer.key_projection
     f = e if layer.value_projection is None else layer.value_projection
 

@@ -60,6 +60,13 @@ def test_reversible_gradients_equal_the_plain_stacks(dropout: float) -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.law(REFORMER)
+def test_chunks_of_64_and_four_rounds_unless_said_otherwise() -> None:
+    (block,) = Reformer(8, 1, 2).stack.blocks
+    for layer in (block.f.layer, LSHAttention(8, 2)):
+        assert (layer.chunk, layer.rounds) == (64, 4)
+
+
 @pytest.mark.parity(REFORMER)
 def test_the_equations_of_a_block() -> None:
     model = Reformer(8, 1, 2, chunk=64, rounds=1).double()
