@@ -64,6 +64,10 @@ class Book:
     def log(self) -> Path:
         return self.build / "press.log"
 
+    @property
+    def site_log(self) -> Path:
+        return self.build / "site.log"
+
     def staged(self, page: str, suffix: str = ".ipynb") -> Path:
         return self.stage / (page + suffix)
 

@@ -16,17 +16,20 @@ from typing import Any
 
 from handbook_src.errors import DataError
 from handbook_src.publish import report, site
+from handbook_src.publish.beat import clock, step
 from handbook_src.publish.book import Book
 from handbook_src.publish.chapters import Chapter, Skip, chapters, choose, skips
 from handbook_src.publish.execute import Failure, Outcome, Task, entry, kernel_environment, read
 from handbook_src.publish.fingerprint import Fingerprints
 from handbook_src.publish.pool import Pool
-from handbook_src.publish.progress import Progress, clock, expected, keep_times, known_times
+from handbook_src.publish.progress import Progress, expected, keep_times, known_times
 from handbook_src.publish.speed import slowness
 from handbook_src.publish.stage import Stage
 from handbook_src.publish.unchanged import Mark
 
 PATIENCE = 3.0
+#: What a render is expected to take before one has been timed here.
+SITE_SECONDS = 60.0
 #: Executed notebooks kept a chapter, so that going back to another branch costs nothing.
 KEPT = 5
 
@@ -118,14 +121,16 @@ Render = Callable[[Book, bool], int]
 
 def render(the: Book, strict: bool) -> int:
     """The site, from the stage; warnings are errors where the whole book is there."""
-    start = time.monotonic()
-    print("\nRendering the site ...", end="", flush=True)
+    start, usual = time.monotonic(), known_times(the).get("site", SITE_SECONDS)
+    print()
     try:
-        site.build(the.stage, the.build, strict=strict)
+        with step("Rendering the site", lambda t: f"{site.far(the.site_log)}, about {clock(max(usual - t, 1))} left"):
+            fresh = site.build(the.stage, the.build, strict=strict)
     except site.SiteError as error:
-        print(f" failed\n{error}")
+        print(error)
         return 1
-    print(f" {clock(time.monotonic() - start)}")
+    if fresh:
+        keep_times(the, {"site": time.monotonic() - start})
     return 0
 
 

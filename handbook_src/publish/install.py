@@ -8,19 +8,19 @@ Pythons without ensurepip, and an install that was interrupted (a mark stands in
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from handbook_src.errors import HandbookError
 from handbook_src.publish import environment
+from handbook_src.publish.beat import clock, step
 
 STAMP, MARK = "handbook-stamp", "handbook-installing"
 #: Too little for any build of torch: .venv takes 2.9 GB with the CPU one, 5.9 GB with the CUDA one (measured).
@@ -75,15 +75,16 @@ def fill(root: Path, venv: Path, *, fresh: bool) -> None:
     print("Making the environment in .venv. This happens once; it downloads some gigabytes.", flush=True)
     (venv / STAMP).unlink(missing_ok=True)
     if fresh:
-        with stage("1/4 an empty .venv"):
+        with step("  1/4 an empty .venv"):
             make_venv(root, venv, log)
     (venv / MARK).touch()
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    with stage("2/4 a current pip"):
+    with step("  2/4 a current pip"):
         call([*pip, "--upgrade", "pip"], root, log)
-    with stage(f"3/4 {len(items)} packages and what they need"):
+    number = len(environment.pins(root))
+    with step(f"  3/4 {len(items)} packages and what they need", partial(far, log, log.stat().st_size, number)):
         call([*pip, "-c", "constraints.txt", *items], root, log)
-    with stage("4/4 the handbook's own package"):
+    with step("  4/4 the handbook's own package"):
         call([*pip, "--no-deps", "--no-build-isolation", "-e", "."], root, log)
 
 
@@ -171,17 +172,17 @@ def room(root: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def stage(label: str) -> Iterator[None]:
-    """A line for one step, with the time that it took."""
-    start = time.monotonic()
-    print(f"  {label} ...", end="", flush=True)
-    try:
-        yield
-    except BaseException:
-        print(" failed", flush=True)
-        raise
-    print(f" {time.monotonic() - start:.0f} s", flush=True)
+def far(log: Path, start: int, number: int, elapsed: float) -> str:
+    """How far pip is: it chooses every package, brings every wheel here, then installs them all at once."""
+    said = log.read_bytes()[start:].decode("utf8", errors="replace")
+    if "Installing collected packages" in said:
+        return f"all {number} packages are here and being installed"
+    wheels = re.findall(r"^ *(?:Downloading|Using cached|Processing) (?:\S*/)?(\S+\.whl)(?= |$)", said, re.M)
+    chosen = len(re.findall(r"^(?:Collecting|Processing) ", said, re.M))
+    share = min((chosen + len(wheels)) / (2 * number), 1)
+    now = f", now {wheels[-1].partition('-')[0]}" if wheels else ""
+    left = f", about {clock(elapsed * (1 - share) / share)} left" if share else ""
+    return f"{min(chosen, number)} of {number} packages chosen, {len(wheels)} here{now}{left}"
 
 
 def interpreter(venv: Path) -> Path:

@@ -1,4 +1,4 @@
-"""How far the build is: a bar in a terminal, plain lines elsewhere."""
+"""How far the build is: a bar in a terminal, elsewhere a line at least every 30 s."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from handbook_src.publish.beat import EVERY, clock
 from handbook_src.publish.book import Book, write
 from handbook_src.publish.chapters import Chapter
 from handbook_src.publish.execute import Outcome, Task
@@ -35,11 +36,6 @@ def expected(chapter: Chapter, times: dict[str, float]) -> float:
     return times.get(chapter.page, chapter.budget) + OVERHEAD
 
 
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 @dataclass
 class Progress:
     """Follows a pool's callbacks; knows what is running and what remains."""
@@ -55,6 +51,7 @@ class Progress:
         self.done: list[Outcome] = []
         self.running: dict[str, float] = {}
         self.at: dict[str, int] = {}
+        self.said = self.start
         self.bar: Any = None
         if self.out.isatty():
             from tqdm import tqdm
@@ -86,17 +83,22 @@ class Progress:
         name = outcome.page.removeprefix("book/")
         line = f"  {outcome.state:9} {name}  {outcome.seconds:.1f} s"
         if self.bar is None:
-            left = f"; {self.left()}" if len(self.done) < len(self.tasks) else ""
-            self._say(f"{line}  [{len(self.done)}/{len(self.tasks)}, {clock(self.elapsed)} elapsed{left}]")
+            self._say(f"{line}  {self.far()}")
         else:
             self.bar.write(line, file=self.out)
             self.bar.update(1)
         self.tick()
 
     def tick(self) -> None:
+        running = ", ".join(f"{p.removeprefix('book/')}{self._cell(p)}" for p in self.running)
         if self.bar is not None:
-            running = ", ".join(f"{p.removeprefix('book/')}{self._cell(p)}" for p in self.running)
             self.bar.set_description_str(f"{clock(self.elapsed)} elapsed, {self.left()} · {running}")
+        elif time.monotonic() - self.said >= EVERY:
+            self._say(f"  running   {running}  {self.far()}")
+
+    def far(self) -> str:
+        left = f"; {self.left()}" if len(self.done) < len(self.tasks) else ""
+        return f"[{len(self.done)}/{len(self.tasks)}, {clock(self.elapsed)} elapsed{left}]"
 
     def close(self) -> None:
         if self.bar is not None:
@@ -123,3 +125,4 @@ class Progress:
 
     def _say(self, line: str) -> None:
         print(line, file=self.out, flush=True)
+        self.said = time.monotonic()

@@ -56,22 +56,33 @@ def content(stage: Path, strict: bool) -> str:
 def command(stage: Path, base: Path, strict: bool) -> list[str]:
     """Jupyter Book's call; its ``python -m`` entry exits 0 and does nothing, hence ``-c``."""
     call = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(stage)]
-    call += ["--config", str(CONFIG), "--toc", str(BOOK.toc), "--path-output", str(base), "-q"]
+    call += ["--config", str(CONFIG), "--toc", str(BOOK.toc), "--path-output", str(base)]
     return call + (["-W", "-n", "--keep-going"] if strict else [])
 
 
-def complaints(run: subprocess.CompletedProcess[str]) -> str:
+def words(log: Path) -> list[str]:
+    """What Sphinx has said so far, without colours."""
+    text = log.read_text("utf8", errors="replace") if log.exists() else ""
+    return re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
+
+
+def far(log: Path) -> str:
+    """How far Sphinx is: ``reading sources 45%``."""
+    steps = [found for line in words(log) if (found := re.search(r"([a-z ]+)\.\.\. \[ *(\d+%)\]", line))]
+    return " ".join(steps[-1].groups()) if steps else "loading"
+
+
+def complaints(log: Path) -> str:
     """Sphinx's warnings at their source lines; after a crash the end of its output."""
-    text = re.sub(r"\x1b\[[\d;]*m", "", run.stdout)
-    lines = [line for line in text.splitlines() if line.strip("= \t")]
+    lines = [line for line in words(log) if line.strip("= \t")]
     shown = [locate(x, BOOK) for x in lines if re.search(r"WARNING|ERROR|CRITICAL", x)]
-    if "Traceback" in text or not shown:
+    if any("Traceback" in line for line in lines) or not shown:
         shown += lines[-40:]
     return "\n".join(dict.fromkeys(shown))
 
 
-def build(stage: Path, out: Path, *, strict: bool = True) -> Path:
-    """Render the pages under ``stage`` into ``out/html`` and return its front page.
+def build(stage: Path, out: Path, *, strict: bool = True) -> bool:
+    """Render the pages under ``stage`` into ``out/html``; False where they stand there already.
 
     Args:
         stage: executed notebooks and text pages, laid out as in the repository.
@@ -84,32 +95,26 @@ def build(stage: Path, out: Path, *, strict: bool = True) -> Path:
     from handbook_src.publish import colab
 
     stage, out = stage.resolve(), out.resolve()
-    front, stamp = out / "html" / "index.html", out / "site.key"
+    front, stamp, log = out / "html" / "index.html", out / "site.key", out / "site.log"
     if out.name != "_build":
         raise ConfigError(
             "build folder", got=str(out), want="a folder named _build", remedy="Pass its parent / _build."
         )
     key = content(stage, strict)
     if front.exists() and stamp.exists() and stamp.read_text() == key:
-        return front
+        return False
     # All pages anew (16 s of 3 chapters): Sphinx warns only about pages that it reads, and
     # a partial build drops search entries and keeps links to what is gone.
-    stamp.unlink(missing_ok=True)
+    for file in (stamp, log):
+        file.unlink(missing_ok=True)
     for folder in (out / ".doctrees", out / "html"):
         shutil.rmtree(folder, ignore_errors=True)
-    env = dict(os.environ, PYTHONSAFEPATH="1")  # keeps ./kernels off sys.path
-    run = subprocess.run(
-        command(stage, out.parent, strict),
-        cwd=stage,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    env = dict(os.environ, PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1")  # keeps ./kernels off sys.path
+    with log.open("wb") as sink:
+        code = subprocess.call(command(stage, out.parent, strict), cwd=stage, env=env, stdout=sink, stderr=sink)
     labels = out / ".doctrees" / "handbook-labels.json"
-    if run.returncode or not labels.exists():
-        raise SiteError(complaints(run))
+    if code or not labels.exists():
+        raise SiteError(complaints(log))
     colab.write_all(stage, out / "html", json.loads(labels.read_text("utf8")), names(BOOK))
     stamp.write_text(key)
-    return front
+    return True

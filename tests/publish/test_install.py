@@ -174,6 +174,25 @@ def test_a_step_that_works_leaves_its_words_in_the_log(tmp_path):
     assert log.read_text("utf8").strip() == "fine"
 
 
+PIP = """Installing collected packages: pip
+Collecting triton
+  Downloading triton-3.7.1-cp311-cp311-manylinux_2_27_x86_64.whl.metadata (1.7 kB)
+  Downloading triton-3.7.1-cp311-cp311-manylinux_2_27_x86_64.whl (197.7 MB)
+Processing /wheels/torch-2.13.0-cp311-cp311-linux_x86_64.whl (from -r list)
+Collecting einops
+"""
+
+
+def test_while_pip_runs_its_log_says_how_far_it_is(tmp_path):
+    log, start = tmp_path / "install.log", PIP.index("Collecting")
+    log.write_text(PIP, "utf8")
+    said = install.far(log, start, 10, elapsed=10.0)
+    assert said == "3 of 10 packages chosen, 2 here, now torch, about 30 s left"
+    assert install.far(log, len(PIP), 10, elapsed=1.0) == "0 of 10 packages chosen, 0 here"
+    log.write_text(PIP + "Installing collected packages: torch", "utf8")
+    assert install.far(log, start, 10, elapsed=10.0) == "all 10 packages are here and being installed"
+
+
 def test_a_small_disk_is_refused_before_anything_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(install, "DISK_BYTES", 10**18)
     with refuses(SetupError, "GB free", "1000000000 GB"):

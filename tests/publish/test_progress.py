@@ -37,6 +37,20 @@ def test_lines_name_what_starts_and_what_is_done(three):
     assert lines[1].startswith("  executed  a  3.0 s  [1/3, 0 s elapsed; about ")
 
 
+def test_a_log_hears_at_least_every_half_minute_what_runs(three, monkeypatch):
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    out = io.StringIO()
+    said = Progress(three, 2, {}, cells={"book/a": 9}, out=out)
+    said.started(three[0])
+    said.cell(three[0], 3)
+    for _ in range(5):
+        said.tick()
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("  running")]
+    assert 1 <= len(lines) <= 5
+    assert all(line.startswith("  running   a 3/9  [0/3, ") and line.endswith(" left]") for line in lines)
+
+
 def test_a_terminal_gets_a_bar_with_chapter_elapsed_and_remaining_time(three):
     out = Terminal()
     said = Progress(three, 2, {}, cells={"book/a": 9, "book/b": 4}, out=out)
