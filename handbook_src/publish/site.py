@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -33,6 +34,7 @@ class SiteError(RuntimeError):
     """The site did not build; the message holds Sphinx's warnings at their source lines."""
 
 
+@cache
 def repository(config: Path = CONFIG) -> str:
     """The repository's address, from the one place where it stands."""
     return str(yaml.safe_load(config.read_text("utf8"))["repository"]["url"]).rstrip("/")
