@@ -334,6 +334,8 @@ def test_the_sparse_patterns_are_what_older_words_say() -> None:
     torch.testing.assert_close(along(0, 3, 5).dense(15), dilated(5).dense(15))
     torch.testing.assert_close(fixed(4, 4).dense(11), causal.dense(11))
     torch.testing.assert_close(strided(20).dense(11), causal.dense(11))
+    layout = torch.tensor([[True, False], [True, True]])
+    torch.testing.assert_close(four(block(3, layout[None]), 6, 6), four(block(3, layout), 6, 6))  # one head
     assert str(strided(3) | fixed(4)) == "strided(3) | fixed(4, 1)"
     assert str(window(2) & strided(3)) == "window(2) & strided(3)"
 

@@ -100,7 +100,9 @@ def test_sinusoids_refuse(arguments, value):
 @pytest.mark.law("sinusoidal-position", "learned-position")
 def test_no_positions_are_no_rows():
     assert sinusoidal_positions(0, 6).shape == (0, 6)
-    assert learned_positions(draw(4, 6), 0, offset=4).shape == (0, 6)
+    table = draw(4, 6)
+    assert learned_positions(table, 0, offset=4).shape == (0, 6)
+    torch.testing.assert_close(learned_positions(table, 3), table[:3])  # the first, unless told otherwise
 
 
 # ---------------------------------------------------------------- learned

@@ -62,6 +62,13 @@ def test_luong_is_his_equations(score: str) -> None:
 
 
 @pytest.mark.law("bahdanau-attention")
+def test_the_vector_is_drawn_so_that_scores_do_not_grow_with_its_length() -> None:
+    for n in (400, 10_000):
+        vector = BahdanauAttention(1, 1, n).vector
+        assert vector.square().sum().item() == pytest.approx(1, rel=0.4)  # 400: over five deviations
+
+
+@pytest.mark.law("bahdanau-attention")
 def test_keys_may_be_projected_once() -> None:
     layer, s, h = BahdanauAttention(3, 5, 4), torch.randn(2, 6, 3), torch.randn(2, 4, 5)
     keys = layer.keys(h)

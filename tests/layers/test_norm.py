@@ -57,6 +57,12 @@ def same(mine: nn.Module, theirs: nn.Module, x: Tensor) -> None:
 
 # ---------------------------------------------------------------- parity
 @pytest.mark.parity("batch-norm", "instance-norm")
+@pytest.mark.parametrize("name", ["BatchNorm1d", "InstanceNorm1d"])
+def test_one_channel_is_enough(name):
+    same(*pair(name, 1, affine=True), draw(4, 1, 5))
+
+
+@pytest.mark.parity("batch-norm", "instance-norm")
 @pytest.mark.parametrize(("name", "shape"), CASES)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("track", [True, False])

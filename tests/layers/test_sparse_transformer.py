@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 
 from handbook_src.errors import ConfigError
+from handbook_src.layers.attention import MultiHeadAttention
 from handbook_src.layers.sparse_transformer import FixedAttention, StridedAttention
 from handbook_src.testing import refuses
 
 ID = "chunked-attention"
+
+
+@pytest.mark.law(ID)
+@pytest.mark.parametrize("kind", [StridedAttention, FixedAttention])
+def test_what_is_not_said_is_multi_head_attentions(kind: type) -> None:
+    layer, plain = kind(8, 2, stride=4), MultiHeadAttention(8, 2)
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    assert (layer.heads, layer.dropout) == (plain.heads, plain.dropout)
 
 
 @pytest.mark.refusal(ID)
