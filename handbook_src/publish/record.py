@@ -148,8 +148,7 @@ class Recorder:
 
     def begin(self, job: Job, folder: Path) -> None:
         out = folder / f"{job.chapter.source.stem}.{job.name}.json"
-        threads = len(os.sched_getaffinity(0)) if job.alone else 1
-        settings = {**os.environ, **kernel_environment(self.book, threads), "MPLBACKEND": "agg"}
+        settings = {**os.environ, **kernel_environment(self.book), "MPLBACKEND": "agg"}
         line = [sys.executable, "-m", "handbook_src.publish.record", str(job.chapter.source), job.name, job.device]
         with out.with_suffix(".log").open("wb") as log:
             process = subprocess.Popen(
