@@ -115,6 +115,16 @@ def count_strided(size: int, kernel: int, stride: int, padding: int, dilation: i
     return count
 
 
+def misses(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> bool:
+    """Whether some window of :func:`strided` holds only padding, which takes a dilation."""
+    if dilation == 1:
+        return False
+    count = count_strided(size, kernel, stride, padding, dilation, ceil_mode)
+    starts = (o * stride - padding for o in range(count))
+    first = ((a, max(0, -(a // dilation))) for a in starts)  # the first tap that is not left of the input
+    return any(j >= kernel or a + dilation * j >= size for a, j in first)
+
+
 def adaptive(size: int, out: int) -> Tensor:
     r"""Return the positions of windows that cover one axis with ``out`` outputs.
 
@@ -435,7 +445,10 @@ def _largest(input: Tensor, found: Windows, axes: int, return_indices: bool) -> 
 
 def _max_pool(axes: int, input: Tensor, settings: _Settings, ceil_mode: bool, return_indices: bool, backend: Backend
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    if resolve(f"max_pool{axes}d", backend, {"torch": None, "reference": None}) == "torch":
+    # In such a window torch's operation reads outside the plane: a wrong index, and a gradient in foreign memory.
+    empty = any(misses(n, *one, ceil_mode) for n, *one in zip(input.shape[-axes:], *settings, strict=True))
+    torchs = "windows that reach the input: torch's max_pool writes elsewhere for others" if empty else None
+    if resolve(f"max_pool{axes}d", backend, {"torch": torchs, "reference": None}) == "torch":
         op: Callable[..., Tensor] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[axes]
         return op(input, *settings, ceil_mode, return_indices)
     x = _batched(input, axes)

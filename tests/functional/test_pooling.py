@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ConfigError, KernelUnavailable, ShapeError
 from handbook_src.functional import pooling as fn
 from handbook_src.testing import assert_parity, refuses, unchecked
 
@@ -43,6 +43,27 @@ def test_max_pool_is_torchs(axes, spatial, lead, backend):
             assert_parity(lambda x, a=args: mine(x, *a, backend=backend), lambda x, a=args: torchs(x, *a), [x])
         for found, want in zip(mine(x, *args, True, backend=backend), torchs(x, *args, True), strict=True):
             assert torch.equal(found, want), args
+
+
+@pytest.mark.law("max-pool")
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_window_of_padding_alone_is_minus_infinity_and_moves_nothing(axes):
+    """Taps at -1 and 2 of two positions: torch's operation names place 6 of 4 and writes the gradient there."""
+    x = draw(2, 3, *[2] * axes).requires_grad_()
+    y, places = MAX[axes][0](x, 2, 1, 1, 3, return_indices=True)
+    assert torch.equal(y, torch.full_like(y, -torch.inf))
+    assert places.max() < 2**axes
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.zeros_like(x))
+    with refuses(KernelUnavailable, "windows that reach the input"):
+        MAX[axes][0](x, 2, 1, 1, 3, backend="torch")
+
+
+@pytest.mark.law("max-pool")
+def test_windows_of_padding_alone_are_found():
+    for n, k, s, p, d, ceil in itertools.product(range(1, 7), range(1, 5), (1, 2, 3), (0, 1, 2), range(1, 5), (0, 1)):
+        if 2 * p <= k and n + 2 * p > d * (k - 1):
+            windows = fn.strided(n, k, s, p, d, bool(ceil))
+            assert fn.misses(n, k, s, p, d, bool(ceil)) == bool((windows < 0).all(-1).any()), (n, k, s, p, d, ceil)
 
 
 @pytest.mark.parity("max-pool")
