@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.sampling import greedy
 from handbook_src.layers.kv_cache import AppendCache, KVCache
+from handbook_src.layers.mode import modes_kept
 
 Pick = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
 class CausalLM(Protocol):
-    """What :func:`generate` asks of a model: a context, a training mode, a cache, logits."""
+    """What :func:`generate` asks of a model: a context, parts with a mode, a cache, logits."""
 
     config: Any
-    training: bool
 
     def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any: ...
     def new_cache(self, kind: Callable[[], KVCache] = ...) -> list[KVCache]: ...
-    def train(self, mode: bool = True) -> Any: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def eval(self) -> Any: ...
 
 
 @torch.no_grad()
@@ -65,12 +66,12 @@ def generate(
         Shazeer 2019, section 2.4 (incremental decoding), arXiv:1911.02150
     """
     _refuse(model, prompt, new_tokens, attention_mask)
-    text, mask = prompt, attention_mask
+    nothing_hidden = attention_mask is None or bool(attention_mask.all())
+    text, mask = prompt, None if nothing_hidden else attention_mask
     caches = None if cache is None else model.new_cache(cache)
     finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    mode = model.training
-    model.train(False)
-    try:
+    with modes_kept(model):
+        model.eval()
         for _ in range(new_tokens):
             token = pick(_next_logits(model, text, mask, caches))
             if eos is not None:
@@ -81,8 +82,6 @@ def generate(
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             if eos is not None and bool(finished.all()):
                 break
-    finally:
-        model.train(mode)
     return text
 
 

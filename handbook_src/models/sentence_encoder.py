@@ -17,6 +17,7 @@ from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.functional.check import check_positive, check_probability, check_size
 from handbook_src.functional.sentence import mean_pool, sentence_embedding
 from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.mode import modes_kept
 from handbook_src.layers.norm import LayerNorm
 from handbook_src.layers.token_embedding import TokenPositionSegmentEmbedding
 from handbook_src.models.folder import fill
@@ -169,18 +170,14 @@ class SentenceEncoder(nn.Module):
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         rows = self._tokens(texts)
         device = self.embeddings.word_embeddings.weight.device
-        modes = [(part, part.training) for part in self.modules()]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         out = torch.empty(len(rows), self.config.dim, dtype=self.embeddings.word_embeddings.weight.dtype, device=device)
-        self.eval()
-        try:
+        with modes_kept(self):
+            self.eval()
             for start in range(0, len(rows), batch_size):
                 chosen = order[start : start + batch_size]
                 ids, mask = _pad([rows[i] for i in chosen])
                 out[chosen] = self(ids.to(device), None if bool(mask.all()) else mask.to(device))
-        finally:
-            for part, training in modes:  # a part that was frozen in evaluation mode stays there
-                part.training = training
         return out[0] if isinstance(sentences, str) else out
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from handbook_src.errors import ConfigError, Diverged
+from handbook_src.layers.mode import modes_kept
 from handbook_src.training.checkpoint import Run, load, rng_state, save, set_rng_state
 from handbook_src.training.distributed import World, join
 from handbook_src.training.history import History
@@ -56,7 +57,8 @@ def train(
     on the same machine, with the same bits as one that was never stopped.
 
     Args:
-        model: on its device already; batches are moved there.
+        model: on its device already; batches are moved there.  A part in evaluation mode within a model
+            in training mode stays so: a frozen batch norm does not move.
         sample: draws one micro-batch; all its randomness comes from the generator.
         loss: ``loss(model, batch)``, a scalar; the mean over the micro-batch.
         optimizer: over the parameters of ``model``.
@@ -109,9 +111,10 @@ def train(
         load(checkpoint, run, world)
         _refuse_shorter(len(history), steps, checkpoint)
     net = world.wrap(model)
-    with _mode_kept(model), _bar(len(history), steps, progress and world.writes) as bar:
+    with modes_kept(model), _bar(len(history), steps, progress and world.writes) as bar:
+        if not model.training:
+            model.train()  # else a part in evaluation mode is frozen on purpose
         for step in range(len(history) + 1, steps + 1):
-            net.train()
             start = time.perf_counter()
             value = _gradients(net, run, sample, loss, accumulate, _autocast(device, precision), world)
             norm = _norm(run, clip_norm)
@@ -126,16 +129,6 @@ def train(
             if checkpoint is not None and _due(step, checkpoint_every, steps):
                 save(checkpoint, run, world)
     return history
-
-
-@contextmanager
-def _mode_kept(model: nn.Module) -> Iterator[None]:
-    """Leave ``model`` in training or evaluation mode as it came, whatever is raised."""
-    mode = model.training
-    try:
-        yield
-    finally:
-        model.train(mode)
 
 
 def _gradients(
@@ -194,10 +187,15 @@ def _autocast(device: torch.device, precision: Precision) -> AbstractContextMana
 @torch.no_grad()
 def _evaluation(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
     noise = rng_state()
-    model.eval()
-    found = evaluate(model)
+    with modes_kept(model):
+        found = evaluate(model.eval())
     set_rng_state(noise)
-    return {k: float(v) for k, v in found.items()} if isinstance(found, Mapping) else {"value": float(found)}
+    values = {k: float(v) for k, v in found.items()} if isinstance(found, Mapping) else {"value": float(found)}
+    if "step" in values:
+        raise ConfigError(
+            "evaluate", got="a value named 'step'", want="another name", remedy="The step is noted beside."
+        )
+    return values
 
 
 def _to(batch: Any, device: torch.device) -> Any:

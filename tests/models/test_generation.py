@@ -129,6 +129,16 @@ def test_the_models_mode_is_kept_and_dropout_is_off() -> None:
     assert model.training
 
 
+@pytest.mark.law("gpt")
+def test_a_part_frozen_in_evaluation_mode_stays_there() -> None:
+    model = lively().train()
+    frozen = next(part for part in model.modules() if not list(part.children()))
+    frozen.eval()
+    generate(model, prompt(1, 3), 2)
+    assert model.training
+    assert not frozen.training
+
+
 @pytest.mark.registration("kv-cache")
 def test_quantised_caches_write_text() -> None:
     model, ids = lively(), prompt(2, 3)

@@ -188,6 +188,32 @@ def test_evaluation_sees_evaluation_mode_and_leaves_the_run_alone():
     assert model.training
 
 
+def test_a_batch_norm_frozen_in_evaluation_mode_does_not_move():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval(), nn.Linear(3, 1)).double()
+    train(
+        model, sample(4), mse, sgd(model), steps=3, generator=rng(), evaluate=lambda m: 0.0, evaluate_every=1,
+        progress=False,
+    )  # fmt: skip
+    assert model[1].num_batches_tracked == 0
+    assert [part.training for part in (model, *model)] == [True, True, False, True]
+
+
+def test_a_model_in_evaluation_mode_is_trained_whole_and_given_back_so():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double().eval()
+    train(model, sample(4), mse, sgd(model), steps=2, generator=rng(), progress=False)
+    assert model[1].num_batches_tracked == 2
+    assert not any(part.training for part in model.modules())
+
+
+def test_an_evaluation_may_not_overwrite_the_step():
+    model = net()
+    with refuses(ConfigError, "'step'"):
+        train(
+            model, sample(4), mse, sgd(model), steps=1, generator=rng(), evaluate=lambda m: {"step": 7.0},
+            progress=False,
+        )  # fmt: skip
+
+
 def test_a_number_is_an_evaluation_too():
     model = net()
     history = train(model, sample(4), mse, sgd(model), steps=1, generator=rng(), evaluate=lambda m: 2, progress=False)
