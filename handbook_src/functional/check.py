@@ -49,6 +49,16 @@ def check_floating(op: str, *tensors: Tensor | None) -> None:
             )
 
 
+def check_integers(op: str, name: str, x: Tensor, remedy: str) -> None:
+    """Refuse class indices and tokens of a floating, complex or boolean dtype, which ``long()`` would cut.
+
+    Raises:
+        ShapeError: another dtype than an integer one.
+    """
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ShapeError(f"{op} {name} dtype", got=x.dtype, want="class indices, an integer dtype", remedy=remedy)
+
+
 def check_parameter_dtype(op: str, dtype: torch.dtype | None) -> None:
     """Refuse a dtype of parameters that is not floating point; None is torch's default.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, Resolved, needs_for_triton, resolve
 from handbook_src.errors import ConfigError, DataError, ShapeError
-from handbook_src.functional.check import check_floating, check_probability
+from handbook_src.functional.check import check_floating, check_integers, check_probability
 from handbook_src.functional.norm import at_least_float32
 
 Reduction = Literal["none", "mean", "sum"]
@@ -123,13 +123,7 @@ def _check_settings(ignore_index: int, smoothing: float, reduction: str, z_loss:
 def _check_tensors(logits: Tensor, target: Tensor) -> None:
     op = "cross_entropy"
     check_floating(op, logits)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise ShapeError(
-            f"{op} target dtype",
-            got=target.dtype,
-            want="class indices, an integer dtype",
-            remedy="For class probabilities use torch.nn.functional.cross_entropy.",
-        )
+    check_integers(op, "target", target, "For class probabilities use torch.nn.functional.cross_entropy.")
     want = logits.shape[:1] + logits.shape[2:] if logits.ndim > 1 else logits.shape[:0]
     if logits.ndim == 0 or target.shape != want:
         raise ShapeError(

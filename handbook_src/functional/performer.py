@@ -31,6 +31,8 @@ from handbook_src.functional.mask import Mask
 from handbook_src.functional.norm import at_least_float32
 
 Kind = Literal["positive", "hyperbolic", "trigonometric", "relu"]
+#: The largest exponent that causal keys keep: a sum of thousands of exp(64) is a float32 still.
+TOP = 64.0
 KINDS = ("positive", "hyperbolic", "trigonometric", "relu")
 
 
@@ -153,7 +155,8 @@ def performer_attention(
     finite number of features and exact only in the limit.
 
     Exponents are shifted by their largest, for each query, and for the keys of each head; both cancel in
-    the ratio.  Under ``causal`` the keys are not shifted: their largest may stand in the future.
+    the ratio.  Under ``causal`` the keys are not shifted, since their largest may stand in the future,
+    unless it would overflow.
     Where scores are so large (tens) that every product underflows, the output is zeros; ``eps`` makes it a mean.
 
     Args:
@@ -190,7 +193,8 @@ def performer_attention(
     if kind != "relu":  # what a query's features have in common cancels; a key's share of it is its weight
         log = _logarithm(k, top if top is None else top.transpose(1, 2), scale)
         log = log if seen is None else log.masked_fill(~seen[:, :, None, None], -math.inf)
-        weight = (log if causal else log - _largest(log, bool(eps))).exp()
+        largest = _largest(log, bool(eps))
+        weight = (log - ((largest - TOP).clamp_min(0) if causal else largest)).exp()
     if eps:
         phi_q, phi_k, weight = phi_q + eps, (phi_k if weight is None else phi_k * weight) + eps, None
     weight = None if weight is None else weight[..., 0]

@@ -260,11 +260,11 @@ class MultiHeadAttention(nn.Module):
             for kept in (keep, list(readers))
         )
         for proj, left in ((self.q_proj, rows), (self.k_proj, shared), (self.v_proj, shared)):
-            proj.weight = _part(proj.weight, left, 0)
+            proj.weight = select(proj.weight, left, 0)
             if proj.bias is not None:
-                proj.bias = _part(proj.bias, left, 0)
+                proj.bias = select(proj.bias, left, 0)
             proj.out_features = len(left)
-        self.out_proj.weight = _part(self.out_proj.weight, rows, 1)
+        self.out_proj.weight = select(self.out_proj.weight, rows, 1)
         self.out_proj.in_features = len(rows)
         self.kept_heads = [head for head in self.kept_heads if head not in gone]
         self.heads, self.kv_heads = len(self.kept_heads), len(readers)
@@ -363,7 +363,7 @@ def with_broken(out: Tensor, broken: Tensor | None) -> Tensor:
     return out if broken is None else out.masked_fill(broken, math.nan)
 
 
-def _part(old: Tensor, index: Tensor, dim: int) -> nn.Parameter:
+def select(old: Tensor, index: Tensor, dim: int) -> nn.Parameter:
     """Some rows or columns of a parameter; a frozen one stays frozen."""
     return nn.Parameter(old.index_select(dim, index.to(old.device)), requires_grad=old.requires_grad)
 

@@ -9,7 +9,7 @@ its own, ``paged_kv_cache.py``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -59,6 +59,10 @@ class KVCache(ABC):
             self._like = _layout(k, v)
         self.seen += k.shape[1]
         return kv
+
+    def __copy__(self) -> KVCache:
+        copied: KVCache = with_own_storage(self)
+        return copied
 
     def after(self, t: int) -> int:
         """How many keys an update of ``t`` tokens gives back, which a mask must fit."""
@@ -130,6 +134,14 @@ def room(like: Tensor, *shape: int) -> Tensor:
         return like.new_empty(shape)
     with torch.inference_mode(False):
         return like.new_empty(shape)
+
+
+def with_own_storage(cache: Any) -> Any:
+    """Return a shallow copy whose tensors are its own: in one block two texts would overwrite each other."""
+    twin = object.__new__(type(cache))
+    own = {Tensor: Tensor.clone, list: list}
+    twin.__dict__ = {name: own.get(type(x), lambda x: x)(x) for name, x in vars(cache).items()}
+    return twin
 
 
 def held_bytes(*tensors: Tensor | None) -> int:

@@ -15,7 +15,7 @@ from handbook_src.functional.attention import scaled_dot_product_attention
 from handbook_src.functional.check import check_size
 from handbook_src.functional.linformer import linformer_attention, linformer_weights, mix
 from handbook_src.functional.mask import Mask
-from handbook_src.layers.attention import MultiHeadAttention, with_broken
+from handbook_src.layers.attention import MultiHeadAttention, select, with_broken
 
 Sharing = Literal["none", "headwise", "key-value"]
 SHARING = ("none", "headwise", "key-value")
@@ -139,9 +139,9 @@ class LinformerAttention(MultiHeadAttention):
         before = self.kept_heads
         super().prune_heads(heads)
         if self.share == "none" and self.value_projection is not None:
-            left = [before.index(i) for i in self.kept_heads]
-            self.key_projection = nn.Parameter(self.key_projection.detach()[left])
-            self.value_projection = nn.Parameter(self.value_projection.detach()[left])
+            left = torch.tensor([before.index(i) for i in self.kept_heads])
+            self.key_projection = select(self.key_projection, left, 0)
+            self.value_projection = select(self.value_projection, left, 0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, length={self.length}, rank={self.rank}, share={self.share}"

@@ -15,7 +15,7 @@ from handbook_src.functional.check import check_features, check_parameter_dtype,
 from handbook_src.functional.mla import Form, check_form, latent_attention
 from handbook_src.functional.rope import apply_rope
 from handbook_src.layers.attention import check_ahead, check_input, shield_padding, with_broken
-from handbook_src.layers.kv_cache import KVCache, held_bytes
+from handbook_src.layers.kv_cache import KVCache, held_bytes, room, with_own_storage
 from handbook_src.layers.norm import RMSNorm
 from handbook_src.layers.rope import RotaryEmbedding
 
@@ -52,6 +52,10 @@ class LatentCache:
         self.seen = 0
         self._block: Tensor | None = None
 
+    def __copy__(self) -> LatentCache:
+        copied: LatentCache = with_own_storage(self)
+        return copied
+
     @property
     def length(self) -> int:
         """How many tokens are kept."""
@@ -79,7 +83,7 @@ class LatentCache:
             self._block = kv if self._block is None else torch.cat((self._block, kv), 1)
         else:
             if self._block is None:
-                self._block = kv.new_empty(kv.shape[0], self.capacity, kv.shape[2])
+                self._block = room(kv, kv.shape[0], self.capacity, kv.shape[2])
             self._block[:, self.seen : end] = kv
         self.seen = end
         return self._block[:, :end]

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.check import check_integers
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -42,7 +43,7 @@ def causal_lm_loss(
 
     Raises:
         ConfigError: the reduction is not one of the three.
-        ShapeError: logits and tokens don't match, or nothing to predict.
+        ShapeError: logits and tokens don't match, tokens that are no integers, or nothing to predict.
 
     Shape:
         ``logits``: ``b t v``; ``tokens``: ``b t``; a scalar, or ``b t-1``
@@ -71,6 +72,7 @@ def causal_lm_loss(
             want="b t v and b t with t of at least 2",
             remedy="Pass the tokens the model read, unshifted.",
         )
+    check_integers("causal_lm_loss", "tokens", tokens, "Pass the ids that the tokeniser gave.")
     z, target = logits[:, :-1], tokens[:, 1:]
     if z.element_size() < 4:
         z = z.float()

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.check import check_integers
 
 
 def perplexity(logits: Float[Tensor, "*lead v"], targets: Int[Tensor, "*lead"], *, ignore_index: int = -100) -> float:
@@ -25,7 +26,7 @@ def perplexity(logits: Float[Tensor, "*lead v"], targets: Int[Tensor, "*lead"], 
         ignore_index: targets that don't count, such as padding.
 
     Raises:
-        ShapeError: the leading axes differ.
+        ShapeError: the leading axes differ, or targets are no integers.
         ConfigError: no target counts.
 
     Shape:
@@ -72,6 +73,7 @@ class Perplexity:
                 want="the targets' axes plus one of vocabulary",
                 remedy="Causal models: logits[:, :-1] and tokens[:, 1:].",
             )
+        check_integers("Perplexity.update", "targets", targets, "Pass the ids that the tokeniser gave.")
         z = logits.detach().reshape(-1, logits.shape[-1])
         nll = F.cross_entropy(
             z.float() if z.element_size() < 4 else z,

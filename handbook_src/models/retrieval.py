@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from handbook_src.functional.knn_memory import faiss_index, train_and_add, visit
 
 #: Texts to unit vectors, one row each.
 Embed = Callable[[Sequence[str]], Tensor]
-_WORD = re.compile(r"[a-z0-9]+")
+_WORD = re.compile(r"[^\W_]+")
 _FENCE = re.compile(r"^(`{3,}|~{3,}).*?^\1`*\s*$", re.MULTILINE | re.DOTALL)
 _FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _HEADING = re.compile(r"^(?:\(([\w-]+)\)=\s*\n+)?(#{1,6}) +(.+)$", re.MULTILINE)
@@ -193,7 +194,7 @@ class BM25:
         s(x, z) = \sum_{w \in x} \log\!\Big(1 + \frac{N - n_w + \frac12}{n_w + \frac12}\Big)
         \frac{f_{w,z}\,(k_1 + 1)}{f_{w,z} + k_1 \big(1 - b + b\, \frac{|z|}{\overline{|z|}}\big)}
 
-    Words are runs of letters and digits, in lower case; no stemming, no stop words.
+    Words are runs of letters and digits of any script, in lower case; no stemming, no stop words.
 
     Args:
         k1: how fast repetitions of a word saturate.
@@ -253,8 +254,8 @@ class BM25:
 
 
 def words_of(text: str) -> list[str]:
-    """Return the runs of letters and digits, in lower case."""
-    return _WORD.findall(text.lower())
+    """Return the runs of letters and digits of any script, in lower case."""
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def _vectors(x: Tensor, count: int, features: int | None = None) -> Tensor:

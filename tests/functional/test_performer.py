@@ -67,6 +67,18 @@ def test_every_kind_and_form_is_the_equation(kind: str, form: str, is_causal: bo
     )
 
 
+@pytest.mark.law(PERFORMER)
+@KINDS
+def test_large_vectors_stay_finite_under_causal(kind: str) -> None:
+    """exp(|k|^2 / 2) of a trigonometric feature is past float32; the last query sees what it sees without causal."""
+    q, k, v = (x.float() for x in qkv(t=9, s=9, e=8))
+    w = directions(8).float()
+    found = performer_attention(7 * q, 7 * k, v, w, kind=kind, causal=True)
+    assert found.isfinite().all()
+    whole = performer_attention(7 * q, 7 * k, v, w, kind=kind)
+    torch.testing.assert_close(found[:, -1], whole[:, -1], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parity(PERFORMER)
 @pytest.mark.parametrize("scale", [None, 1.0, 0.05])
 @pytest.mark.parametrize("mask", [None, padding(LENGTHS), left_padding(LENGTHS), sinks(2)], ids=str)

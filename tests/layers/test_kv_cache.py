@@ -236,6 +236,22 @@ def test_a_shallow_copy_of_pages_is_a_fork() -> None:
 
 
 @pytest.mark.law("kv-cache")
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize("kind", [kind for kind in ALL if "paged" not in kind])
+def test_a_shallow_copy_goes_on_by_itself(kind: str) -> None:
+    """Beam search copies a cache: what one of the two reads next must not reach the other."""
+    text, one, another = kv(t=3), kv(t=1), [-x for x in kv(t=1)]
+    first, alone = ALL[kind](), ALL[kind]()
+    first.update(*text)
+    second = copy.copy(first)
+    found = [x.clone() for x in first.update(*one)]
+    second.update(*another)
+    alone.update(*text)
+    for want, got, later in zip(alone.update(*one), found, first.update(*kv(t=2)), strict=True):
+        assert torch.equal(want, got)
+        assert kind == "streaming" or torch.equal(later[:, :4], got)
+
+
 def test_fork_at_a_page_border_copies_nothing() -> None:
     pool = PagePool(3, 4)
     prompt = PagedCache(pool)

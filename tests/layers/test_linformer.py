@@ -106,8 +106,9 @@ def test_state_dict_copies_halves_and_pruning(share: str) -> None:
     with torch.no_grad():
         layer.out_proj.weight[:, :4] = 0
     want = layer(x)
-    layer.prune_heads([0])
+    layer.requires_grad_(False).prune_heads([0])
     torch.testing.assert_close(layer(x), want)
+    assert not any(p.requires_grad for p in layer.parameters())  # a frozen layer stays frozen
     dropping = LinformerAttention(8, 2, 9, 3, share=share, dropout=0.5)
     assert not torch.equal(dropping(x), dropping(x))
     dropping.eval()

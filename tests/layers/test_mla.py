@@ -236,6 +236,19 @@ def test_refusals() -> None:
 
 
 @pytest.mark.refusal("mla")
+@pytest.mark.law("mla")
+@pytest.mark.parametrize("capacity", [None, 9])
+def test_a_copied_cache_goes_on_by_itself_and_serves_outside_inference_mode(capacity: int | None) -> None:
+    first, tokens = LatentCache(capacity), torch.randn(4, 1, 3)
+    with torch.inference_mode():
+        first.update(tokens[None, 0])
+    with torch.no_grad():
+        second = copy.copy(first)
+        one, other = first.update(tokens[None, 1]), second.update(tokens[None, 2])
+    assert torch.equal(one, tokens[[0, 1], 0][None])
+    assert torch.equal(other, tokens[[0, 2], 0][None])
+
+
 def test_refusals_of_the_cache() -> None:
     cache, kv = LatentCache(4), torch.randn(2, 3, 8)
     cache.update(kv)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.losses.language_model import causal_lm_loss
-from handbook_src.testing import assert_parity, oracle, refuses
+from handbook_src.testing import assert_parity, oracle, refuses, unchecked
 
 
 def tokens(b: int = 3, t: int = 7, v: int = 11) -> Tensor:
@@ -131,6 +131,9 @@ def test_refuses_what_does_not_fit() -> None:
         causal_lm_loss(scores(), tokens()[:, 1:])
     with refuses(ShapeError, "(3, 1, 11)"):
         causal_lm_loss(scores(3, 1), tokens(3, 1))
+    for dtype in (torch.float32, torch.bool):
+        with unchecked(), refuses(ShapeError, "causal_lm_loss tokens", str(dtype)):
+            causal_lm_loss(scores(), tokens().to(dtype))
 
 
 @pytest.mark.parity("clm-loss")

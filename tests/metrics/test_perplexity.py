@@ -10,7 +10,7 @@ from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.metrics.perplexity import Perplexity, perplexity
-from handbook_src.testing import oracle, refuses
+from handbook_src.testing import oracle, refuses, unchecked
 
 
 def batch(b: int, t: int, v: int = 13) -> tuple[Tensor, Tensor]:
@@ -98,6 +98,9 @@ def test_half_precision_and_no_graph() -> None:
 
 @pytest.mark.refusal("perplexity")
 def test_refuses_what_has_no_perplexity() -> None:
+    for dtype in (torch.float32, torch.bool):
+        with unchecked(), refuses(ShapeError, "Perplexity.update targets", str(dtype)):
+            perplexity(torch.zeros(2, 5), torch.ones(2, dtype=dtype))
     z, w = batch(2, 6)
     with refuses(ShapeError, "(2, 6, 13)", "(2, 5)", "tokens[:, 1:]"):
         perplexity(z, w[:, 1:])

@@ -103,6 +103,13 @@ def test_a_text_finds_itself_and_k_may_exceed_the_collection(retriever: BM25 | D
 
 
 @pytest.mark.law(ID)
+def test_words_of_every_script_are_found() -> None:
+    texts = ["Die Größe der Lücke", "обратное распространение ошибки", "gap_size 3", "cafe\u0301 noir"]
+    scores, rows = BM25().fit(texts).search(["lücke", "ошибки", "size", "CAFÉ"], 1)
+    assert rows[:, 0].tolist() == [0, 1, 2, 3]
+    assert bool((scores > 0).all())
+
+
 def test_more_probes_find_more() -> None:
     vectors = torch.nn.functional.normalize(torch.randn(600, 16), dim=-1)
     asked = torch.nn.functional.normalize(torch.randn(40, 16), dim=-1)
