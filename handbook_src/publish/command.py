@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--patience",
         type=float,
         metavar="X",
-        help="a chapter fails past X times its time budget (default 3; raise it on a slow or busy machine)",
+        help="a chapter fails past X times its time budget (default 3; a slow machine is allowed for)",
     )
     book = commands.add_parser(
         "book", parents=[common], help="execute the chapters and build the site", allow_abbrev=False
