@@ -258,7 +258,10 @@ def test_refuses_hyperedges_that_do_not_fit():
         ([x, incidence, w, None, draw(4)], "step"),
         ([x, incidence, w, None, torch.tensor(1)], "step"),
         ([x, torch.ones(12, 2), w], "Incidence.of"),
-        ([x, incidence._replace(position=incidence.position + 1), w], "1 to 12"),
+        (
+            [x, incidence._replace(position=incidence.position + 1), w],
+            "1 to 12, want as many indices of torch.int64 as memberships, from 0 to 11",
+        ),
         ([x, incidence._replace(edge=incidence.edge - 1), w], "-1 to 0"),
         ([x, incidence._replace(edge=incidence.edge[:3]), w], "incidence.position"),
         ([x, incidence._replace(edge=incidence.edge.int()), w], "torch.int32"),
