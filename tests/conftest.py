@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 
 # before torch and tqdm are imported: both read these once
@@ -22,6 +23,24 @@ from handbook_src.testing import oracle
 
 torch.set_num_threads(1)
 oracle.prepare()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the files that hold a slow or a browser's test first: the last to start sets the end."""
+    long = {item.path for item in items if any(item.iter_markers("slow")) or any(item.iter_markers("browser"))}
+    items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the seconds of each file, slowest first: setup, call and teardown of all its tests."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section("seconds of a file, slowest first")
+    for file, taken in seconds.most_common(40):
+        terminalreporter.write_line(f"{taken:8.1f}  {file}")
 
 
 @pytest.fixture(autouse=True)

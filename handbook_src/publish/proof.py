@@ -16,12 +16,15 @@ CELL_SECONDS = 300
 
 
 def command(book: Book, jobs: int, rest: list[str]) -> list[str]:
-    """The pytest call. Notebooks come first: they are the longest, and a file stays on one worker."""
+    """The pytest call. A file stays on one worker, and starts in its turn: notebooks before the tests.
+
+    Left to itself xdist starts the files with the most tests first, and those with the longest last.
+    """
     chosen = [argument for argument in rest if names_tests(book.root, argument)]
     where = [] if chosen else [str((book.stage / "book").relative_to(book.root)), "tests"]
     return [
         *(sys.executable, "-m", "pytest", "-q", "--durations=10"),
-        *("-n", str(jobs), "--dist", "loadfile"),
+        *("-n", str(jobs), "--dist", "loadfile", "--no-loadscope-reorder"),
         *("--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg"),
         *("--nbval-cell-timeout", str(CELL_SECONDS)),
         *rest,

@@ -86,6 +86,7 @@ def test_pytest_gets_the_notebooks_first_and_what_the_caller_adds(tiny):
     assert line[1:3] == ["-m", "pytest"]
     assert line[-4:] == ["-k", "rms", "_build/stage/book", "tests"]
     assert line[line.index("--dist") + 1] == "loadfile"
+    assert "--no-loadscope-reorder" in line, "or xdist puts the files with the most tests first"
 
 
 def test_named_tests_replace_the_whole_suite(tiny):
