@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,25 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def write_folder(folder: str | Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Write ``config.json`` and ``model.safetensors``; tensors that share memory must be left out by the caller."""
+    """Write ``config.json`` and ``model.safetensors`` in place of what the folder held.
+
+    Both are written beside their names and then renamed: a save that fails leaves the older model whole.
+    Tensors that share memory must be left out by the caller.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf8")
+    old = set(_shards(folder / INDEX).values()) if (folder / INDEX).exists() else set()
     plain = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    with ExitStack() as parts:
+        written = [folder / f"{name}.part" for name in (WEIGHTS, CONFIG)]
+        for part in written:
+            parts.callback(part.unlink, missing_ok=True)
+        save_file(plain, written[0], metadata={"format": "pt"})
+        written[1].write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf8")
+        for part in written:  # both are whole: from here on nothing can fill the disk
+            part.replace(part.with_suffix(""))
+    for name in (INDEX, *(old - {WEIGHTS})):  # shards of an older model, which its index would give back
+        (folder / name).unlink(missing_ok=True)
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -87,6 +101,12 @@ def _shards(path: Path) -> dict[str, str]:
         raise DataError(
             f"{path} weight_map", got=repr(index)[:80], want="an object: a file for each key", remedy="Copy it again."
         )
+    for shard in index.values():
+        if Path(shard).name != shard or "\\" in shard:
+            raise DataError(
+                f"{path} weight_map", got=repr(shard), want="names of files in the folder",
+                remedy="Don't load it: it points elsewhere.",
+            )  # fmt: skip
     return index
 
 
@@ -96,7 +116,7 @@ def _json(path: Path, what: str) -> dict[str, Any]:
     except OSError as e:
         got = "no such file" if isinstance(e, FileNotFoundError) else (e.strerror or str(e)).lower()
         raise DataError(str(path), got=got, want=what, remedy="Pass a folder that save_pretrained wrote.") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise DataError(str(path), got=f"broken JSON ({e})", want=what, remedy="Copy the file again.") from e
     if not isinstance(content, dict):
         raise DataError(str(path), got=type(content).__name__, want="a JSON object", remedy="Copy the file again.")

@@ -11,7 +11,7 @@ import os
 import random
 import zipfile
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,11 @@ from handbook_src.errors import ConfigError, DataError
 from handbook_src.training.distributed import World
 from handbook_src.training.history import History
 
-FORMAT = "handbook training checkpoint 1"
+FORMAT = "handbook training checkpoint 2"
+#: What a schedule counts as it goes; the rest of its state are its settings.
+COUNTERS = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "T_cur", "T_i"}
+#: What a schedule writes into a group, beside the learning rate.
+CYCLED = {"params", "lr", "initial_lr", "betas", "momentum"}
 
 
 @dataclass
@@ -39,6 +43,10 @@ class Run:
     generator: torch.Generator
     history: History
     settings: dict[str, str]
+    about: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.about = self.describe()  # before the first step: schedules write into groups
 
     def describe(self) -> dict[str, str]:
         """Return what must be the same when the run is resumed, name by name."""
@@ -46,15 +54,30 @@ class Run:
         about["optimizer"] = type(self.optimizer).__name__
         about["scheduler"] = type(self.scheduler).__name__
         about |= {f"optimizer {k}": repr(v) for k, v in self.optimizer.defaults.items()}
-        if isinstance(lr := self.optimizer.defaults.get("lr"), torch.Tensor):
-            # a scheduler writes into the default itself; initial_lr is its copy of the setting
-            about["optimizer lr"] = repr(self.optimizer.param_groups[0].get("initial_lr", lr))
+        about.pop("optimizer lr", None)  # each group has its own; a schedule writes into a tensor default
+        names = {id(p): name for name, p in self.model.named_parameters()}
         for i, group in enumerate(self.optimizer.param_groups):
-            about[f"parameters in group {i}"] = str(len(group["params"]))
+            about[_rate(i)] = repr(group.get("initial_lr", group["lr"]))
+            about |= {f"{k} of group {i}": repr(v) for k, v in group.items() if k not in CYCLED}
+            for j, p in enumerate(group["params"]):  # Adam's moments are kept by place
+                about[f"parameter {j} of group {i}"] = names.get(id(p), f"outside the model, {list(p.shape)}")
+        if self.scheduler is not None:
+            about |= {f"scheduler {k}": v for k, v in _settings(self.scheduler.state_dict()).items()}
         for name, t in self.model.state_dict().items():
             if isinstance(t, torch.Tensor):
                 about[f"model.{name}"] = f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
         return about
+
+
+def _rate(group: int) -> str:
+    return f"learning rate of group {group}"
+
+
+def _settings(state: Any) -> dict[str, str]:
+    """A schedule's settings: its state without what it counts, in schedules of schedules too."""
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    kept = {str(k): v for k, v in items if k not in COUNTERS and not callable(v)}
+    return {k: repr(_settings(v) if isinstance(v, dict | list) else v) for k, v in kept.items()}
 
 
 def save(path: str | Path, run: Run, world: World) -> None:
@@ -64,7 +87,7 @@ def save(path: str | Path, run: Run, world: World) -> None:
         return
     state = {
         "format": FORMAT,
-        "about": run.describe(),
+        "about": run.about,
         "model": run.model.state_dict(),
         "optimizer": _plain(run.optimizer.state_dict()),
         "scheduler": _plain(run.scheduler.state_dict()) if run.scheduler is not None else None,
@@ -111,7 +134,11 @@ def load(path: str | Path, run: Run, world: World) -> None:
             than the one that was saved, or another number of processes.
     """
     state = world.from_first(read(path) if world.writes else None)
-    _refuse_change(path, state["about"], run.describe())
+    saved = state["about"]
+    reached = {_rate(i): repr(group["lr"]) for i, group in enumerate(state["optimizer"]["param_groups"])}
+    # A run that goes on in the same process brings the rate that it had reached.
+    now = {k: saved.get(k, v) if reached.get(k) == v else v for k, v in run.about.items()}
+    _refuse_change(path, saved, now)
     if len(state["noise"]) != world.size:
         raise ConfigError(
             f"processes that resume {path}",
@@ -127,6 +154,10 @@ def load(path: str | Path, run: Run, world: World) -> None:
     run.generator.set_state(state["generator"])
     run.history.load_state_dict(state["history"])
     set_rng_state(state["noise"][world.rank])
+
+
+#: What a checkpoint holds.
+KEYS = {"about", "model", "optimizer", "scheduler", "scaler", "generator", "noise", "history"}
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -155,6 +186,8 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         mark = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise DataError(f"checkpoint {path}", got=f"format {mark!r}", want=f"format {FORMAT!r}", remedy=remedy)
+    if absent := KEYS - set(state):
+        raise DataError(f"checkpoint {path}", got=f"no {', '.join(sorted(absent))}", want=want, remedy=remedy)
     return state
 
 

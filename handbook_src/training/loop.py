@@ -101,6 +101,7 @@ def train(
     """
     world = join()
     _refuse(steps, clip_norm, accumulate, precision, scheduler, world)
+    _refuse_foreign(model, optimizer)
     _refuse_intervals(evaluate, evaluate_every, checkpoint, checkpoint_every)
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
@@ -247,6 +248,17 @@ def _refuse(
             got="ReduceLROnPlateau",
             want="a schedule that depends on the step alone",
             remedy="Step it inside evaluate, on the value that it watches.",
+        )
+
+
+def _refuse_foreign(model: nn.Module, optimizer: Optimizer) -> None:
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            "optimizer",
+            got=f"no parameter of this model, which has {len(own)}",
+            want="an optimiser over model.parameters()",
+            remedy="Make it after the model is made, moved or replaced; without parameters there is nothing to train.",
         )
 
 

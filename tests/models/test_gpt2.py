@@ -487,6 +487,45 @@ def test_refuses_a_folder_without_a_shard(tmp_path: Path) -> None:
         GPT2.from_pretrained(tmp_path / "a")
 
 
+@pytest.mark.law("gpt")
+def test_a_save_over_older_shards_gives_the_new_model_back(tmp_path: Path) -> None:
+    theirs().save_pretrained(tmp_path, max_shard_size="6KB")
+    model = GPT2.from_pretrained(tmp_path)
+    with torch.no_grad():
+        first = next(model.parameters()).add_(1.0)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(next(GPT2.from_pretrained(tmp_path).parameters()), first)
+    assert sorted(p.name for p in tmp_path.iterdir() if "safetensors" in p.name) == ["model.safetensors"]
+
+
+@pytest.mark.law("gpt")
+def test_a_save_that_fails_leaves_the_older_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs().save_pretrained(tmp_path)
+    model, before = GPT2.from_pretrained(tmp_path), (tmp_path / "model.safetensors").read_bytes()
+
+    def full(tensors: object, path: Path, **options: object) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("handbook_src.models.folder.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.refusal("gpt")
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/secret.safetensors", "sub/x.safetensors", "..\\x"])
+def test_refuses_an_index_that_leaves_the_folder(tmp_path: Path, shard: str) -> None:
+    theirs().save_pretrained(tmp_path, max_shard_size="6KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["transformer.wte.weight"] = shard
+    path.write_text(json.dumps(index))
+    with refuses(DataError, "weight_map", repr(shard)):
+        GPT2.from_pretrained(tmp_path)
+
+
 @pytest.mark.outside("gpt")
 def test_equals_the_logits_that_transformers_gave_in_2026() -> None:
     """A folder written by transformers 5.23 and its float64 logits; no library needed, so none can drift."""

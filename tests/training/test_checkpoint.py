@@ -192,7 +192,7 @@ def test_a_missing_file_is_named(tmp_path):
     [
         ({"width": 7}, ("model.0.weight", "float32 [7, 3]", "float32 [6, 3]")),
         ({"kind": torch.optim.SGD}, ("optimizer", "SGD", "AdamW")),
-        ({"lr": 0.02}, ("optimizer", 0.02)),
+        ({"lr": 0.02}, ("learning rate of group 0", 0.008, 0.004)),
         ({"precision": "bfloat16"}, ("precision", "bfloat16", "float32")),
         ({"steps": 1}, ("steps", 1, 4)),
     ],
@@ -204,6 +204,64 @@ def test_a_changed_setting_is_refused(tmp_path, change, values):
     with refuses(ConfigError, *values, "resume=False"):
         run(path, **change)
     assert path.read_bytes() == before
+
+
+def two_groups(path, *, steps=4, order=(0, 2), lr=0.1, decay=0.0, schedule=None, model=None):
+    """Two linear layers of one shape in two groups, under Adam and a schedule."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    groups = [{"params": model[i].parameters()} for i in order]
+    groups[1] |= {"lr": lr, "weight_decay": decay}
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    return train(
+        model, lambda g: torch.randn(4, 3, generator=g), lambda m, x: m(x).square().mean(), optimizer, steps=steps,
+        generator=torch.Generator().manual_seed(0), scheduler=None if schedule is None else schedule(optimizer),
+        checkpoint=path, progress=False,
+    )  # fmt: skip
+
+
+STEP = torch.optim.lr_scheduler.StepLR
+
+
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        ({"schedule": lambda o: STEP(o, 5)}, ("scheduler step_size", 5, 2)),
+        ({"schedule": lambda o: STEP(o, 2, gamma=0.5)}, ("scheduler gamma", 0.5, 0.1)),
+        ({"schedule": None}, ("scheduler", "NoneType", "StepLR")),
+        ({"lr": 0.2}, ("learning rate of group 1", 0.2, 0.1)),
+        ({"decay": 0.3}, ("weight_decay of group 1", 0.3, 0.0)),
+        ({"order": (2, 0)}, ("parameter 0 of group 0", "2.weight", "0.weight")),
+    ],
+)
+def test_another_schedule_rate_or_order_is_refused(tmp_path, change, values):
+    """All of these went on silently, the last with Adam's moments swapped."""
+    settings = {"schedule": lambda o: STEP(o, 2)}
+    two_groups(tmp_path / "run.pt", **settings)
+    assert len(two_groups(tmp_path / "run.pt", **settings, steps=6)) == 6
+    with refuses(ConfigError, *values, "resume=False"):
+        two_groups(tmp_path / "run.pt", **(settings | change), steps=8)
+
+
+def test_schedules_of_schedules_are_compared_whole(tmp_path):
+    def chain(total):
+        kinds = torch.optim.lr_scheduler
+        parts = (lambda o: kinds.LinearLR(o, total_iters=2)), (lambda o: kinds.CosineAnnealingLR(o, total))
+        return lambda o: kinds.SequentialLR(o, [part(o) for part in parts], milestones=[2])
+
+    two_groups(tmp_path / "run.pt", schedule=chain(9))
+    assert len(two_groups(tmp_path / "run.pt", schedule=chain(9), steps=6)) == 6
+    with refuses(ConfigError, "scheduler _schedulers", "resume=False"):
+        two_groups(tmp_path / "run.pt", schedule=chain(8), steps=8)
+
+
+def test_a_checkpoint_without_a_part_is_refused(tmp_path):
+    run(tmp_path / "run.pt", steps=2)
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    del state["noise"], state["scaler"]
+    torch.save(state, tmp_path / "run.pt")
+    with refuses(DataError, "no noise, scaler"):
+        run(tmp_path / "run.pt", steps=4)
 
 
 def test_divergence_keeps_the_last_checkpoint(tmp_path):

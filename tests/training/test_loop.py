@@ -205,6 +205,11 @@ def test_a_model_in_evaluation_mode_is_trained_whole_and_given_back_so():
     assert not any(part.training for part in model.modules())
 
 
+def test_an_optimiser_of_another_model_is_refused():
+    with refuses(ConfigError, "optimizer", "no parameter of this model"):
+        train(net(), sample(4), mse, sgd(net()), steps=1, generator=rng(), progress=False)
+
+
 def test_an_evaluation_may_not_overwrite_the_step():
     model = net()
     with refuses(ConfigError, "'step'"):
