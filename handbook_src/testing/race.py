@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from handbook_src.testing.bench import Row, bench
+from handbook_src.testing.bench import bench
 
 Call = Callable[..., Any]
 
@@ -24,7 +25,13 @@ class Heat:
     layer: str
     rival: str
     mode: str
-    row: Row
+    #: both run the same operations of torch on the same sizes: whatever their times say is noise.
+    same: bool
+    #: our median time, the median ratio, and the middle half of the ratios.
+    ms: float
+    ratio: float
+    low: float
+    high: float
 
 
 @dataclass
@@ -36,8 +43,7 @@ class Race:
 
     Args:
         rounds: readings of each.
-        limit: what a layer may cost beside its rival; a pair of which the middle half reaches beyond it is timed
-            once more, three times as long, and only that counts.
+        limit: what a layer may cost beside its rival.
     """
 
     rounds: int = 9
@@ -81,16 +87,25 @@ class Race:
             warnings.simplefilter("ignore")
             for mode, (a, b) in modes.items():
                 row = bench({rival: a, "handbook": b}, check=check, rounds=self.rounds)[1]
-                if row.ratio_low < 1 / self.limit:
-                    row = bench({rival: a, "handbook": b}, check=check, rounds=3 * self.rounds)[1]
-                self.heats.append(Heat(family, layer, rival, mode, row))
+                same = operations(a) == operations(b)
+                found = row.ms, row.ratio, row.ratio_low, row.ratio_high
+                self.heats.append(Heat(family, layer, rival, mode, same, *found))
+
+    def data(self) -> dict[str, Any]:
+        """Return what a record keeps."""
+        return {"heats": [asdict(h) for h in self.heats]}
+
+    @classmethod
+    def of(cls, *found: Mapping[str, Any], limit: float = 1.05) -> Race:
+        """Return one race of what several left behind as ``data``."""
+        return cls(limit=limit, heats=[Heat(**h) for data in found for h in data["heats"]])
 
     def rows(self, family: str) -> list[dict[str, Any]]:
         """Return the rows of a family's table, a pair a row."""
         names = dict.fromkeys((h.layer, h.rival) for h in self.heats if h.family == family)
         found = []
         for layer, rival in names:
-            of = {h.mode: h.row for h in self.heats if (h.family, h.layer, h.rival) == (family, layer, rival)}
+            of = {h.mode: h for h in self.heats if (h.family, h.layer, h.rival) == (family, layer, rival)}
             row: dict[str, Any] = {"layer": layer, "against": rival, "forward (ms)": of["forward"].ms}
             for mode in ("forward", "step"):
                 row[f"speed, {mode}"] = spoken(of[mode]) if mode in of else ""
@@ -99,18 +114,42 @@ class Race:
 
     def slow(self, heats: Iterable[Heat] | None = None) -> list[Heat]:
         """Return the heats that are slower than the limit, by the upper end of their middle half."""
-        return [h for h in (self.heats if heats is None else heats) if h.row.ratio_high < 1 / self.limit]
+        return [h for h in (self.heats if heats is None else heats) if not h.same and h.high < 1 / self.limit]
 
     def mean(self, mode: str, rivals: Iterable[str] | None = None) -> float:
-        """Return the geometric mean of the ratios of one mode, against all rivals or some; NaN of none."""
+        """Return the geometric mean of one mode, where operations differ; against all rivals or some."""
         wanted = None if rivals is None else set(rivals)
-        ratios = [h.row.ratio for h in self.heats if h.mode == mode and (wanted is None or h.rival in wanted)]
+        ratios = [
+            h.ratio for h in self.heats if h.mode == mode and not h.same and (wanted is None or h.rival in wanted)
+        ]
         return statistics.geometric_mean(ratios) if ratios else float("nan")
 
 
-def spoken(row: Row) -> str:
+def spoken(heat: Heat) -> str:
     """Return a ratio and its middle half as a table says them."""
-    return f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
+    middle = f"{heat.ratio:.2f} ({heat.low:.2f} to {heat.high:.2f})"
+    return f"equal; {middle}" if heat.same else middle
+
+
+class _Watch(TorchDispatchMode):
+    """Notes each operation of torch with the sizes it works on; views cost nothing and are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            sizes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in args]
+            self.seen.append((str(func), sizes))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(call: Callable[[], Any]) -> list[Any]:
+    """Return the operations that a call ends in, in their order."""
+    with _Watch() as watch:
+        call()
+    return watch.seen
 
 
 def same_weights(ours: nn.Module, theirs: nn.Module) -> None:

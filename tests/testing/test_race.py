@@ -29,7 +29,7 @@ def test_above_one_means_that_ours_is_faster() -> None:
     race.run("some", "double", "sleepy", quickly, slowly, torch.ones(3))
     race.run("some", "half", "brisk", slowly, quickly, torch.ones(3))
     assert [h.mode for h in race.heats] == ["forward", "step"] * 2
-    assert all(h.row.ratio > 1 for h in race.heats[:2])
+    assert all(h.ratio > 1 for h in race.heats[:2])
     assert {h.layer for h in race.slow()} == {"half"}
     assert race.mean("forward", ["sleepy"]) > 1 > race.mean("forward", ["brisk"])
     assert math.isnan(race.mean("forward", ["nobody"]))
@@ -46,21 +46,38 @@ def test_what_disagrees_is_not_timed() -> None:
     assert all(h.mode == "forward" for h in race.heats)
 
 
-@pytest.mark.parametrize(("ratio_low", "rounds"), [(1.01, [5]), (0.99, [5, 15]), (0.5, [5, 15])])
-def test_who_is_not_clearly_faster_runs_again_and_longer(
-    ratio_low: float, rounds: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("ratio", [1.2, 0.5])
+def test_each_pair_is_timed_once_whoever_is_ahead(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
 
     def timed(*args: Any, rounds: int, **options: Any) -> list[Row]:
         ran.append(rounds)
-        return [replace(row, ratio_low=ratio_low) for row in bench(*args, rounds=rounds, **options)]
+        found = bench(*args, rounds=rounds, **options)
+        return [replace(row, ratio=ratio, ratio_low=ratio, ratio_high=ratio) for row in found]
 
     monkeypatch.setattr("handbook_src.testing.race.bench", timed)
-    race = Race(rounds=5, limit=1.0)
-    race.run("some", "double", "torch", quickly, quickly, torch.ones(3), step=False)
-    assert ran == rounds
-    assert [h.row.rounds for h in race.heats] == rounds[-1:], "only the last counts"
+    race = Race(rounds=5)
+    race.run("some", "double", "torch", quickly, lambda x: x * 2, torch.ones(3), step=False)
+    assert ran == [5]
+    assert [h.ratio for h in race.heats] == [ratio]
+
+
+def test_the_same_operations_are_equal_and_count_nowhere() -> None:
+    race = Race(rounds=5, limit=0.0001)  # everything else would be slow
+    race.run("some", "ReLU", "torch", nn.ReLU(), torch.relu, torch.ones(3))
+    assert all(h.same for h in race.heats)
+    assert race.slow() == []
+    assert math.isnan(race.mean("forward"))
+    assert all(row["speed, forward"].startswith("equal") for row in race.rows("some"))
+    race.run("some", "double", "torch", quickly, lambda x: x * 2, torch.ones(3))
+    assert not race.heats[-1].same
+    assert race.mean("forward") == race.heats[-2].ratio
+
+
+def test_a_race_is_put_together_again_from_its_data() -> None:
+    race = Race(rounds=5)
+    race.run("some", "double", "torch", quickly, lambda x: x * 2, torch.ones(3))
+    assert Race.of(race.data(), race.data()).heats == race.heats * 2
 
 
 def test_integers_have_no_step_and_inputs_are_left_alone() -> None:
