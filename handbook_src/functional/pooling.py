@@ -446,7 +446,8 @@ def _largest(input: Tensor, found: Windows, axes: int, return_indices: bool) -> 
 def _max_pool(axes: int, input: Tensor, settings: _Settings, ceil_mode: bool, return_indices: bool, backend: Backend
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     # In such a window torch's operation reads outside the plane: a wrong index, and a gradient in foreign memory.
-    empty = any(misses(n, *one, ceil_mode) for n, *one in zip(input.shape[-axes:], *settings, strict=True))
+    each = zip(input.shape[-axes:], *settings, strict=True)
+    empty = any(misses(n, k, s, p, d, ceil_mode) for n, k, s, p, d in each)
     torchs = "windows that reach the input: torch's max_pool writes elsewhere for others" if empty else None
     if resolve(f"max_pool{axes}d", backend, {"torch": torchs, "reference": None}) == "torch":
         op: Callable[..., Tensor] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[axes]
