@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -46,7 +47,8 @@ def chosen(part: str | None, status: str | None) -> list[Component]:
     rows = components()
     if part is not None:
         known = list(dict.fromkeys(c.part for c in rows))
-        match = [p for p in known if fold(p) == fold(part)] or [p for p in known if fold(part) in fold(p)]
+        name = fold(part)
+        match = [p for p in known if fold(p) == name] or [p for p in known if name and name in fold(p)]
         if not match:
             raise ConfigError(
                 "--part", got=repr(part), want="a part of the book", remedy=f"One of: {'; '.join(known)}."
@@ -77,16 +79,17 @@ def missing_runs(stage: Path | None, checked: list[tuple[Path, str]]) -> list[st
     return [f"{page}: {why}, so its claims read open: python3 -m handbook_src book" for page, why in pages]
 
 
-def print_claims(as_json: bool) -> None:
-    """The ledger; stderr says which verdicts are missing for want of a run."""
+def print_claims(rows: Sequence[Component], as_json: bool) -> None:
+    """The ledger of these components; stderr says which verdicts are missing for want of a run."""
     stage = find_stage()
     checked = judged(staged(stage)) if stage else []
-    entries = ledger(stage, [notebook for notebook, why in checked if not why])
+    wanted = {c.id for c in rows}
+    entries = [e for e in ledger(stage, [notebook for notebook, why in checked if not why]) if e.component in wanted]
     for line in missing_runs(stage, checked):
         print(line, file=sys.stderr)
     if as_json:
-        rows = [{"id": e.id, "component": e.component, "verdict": e.verdict} for e in entries]
-        print(json.dumps(rows, indent=1))
+        found = [{"id": e.id, "component": e.component, "verdict": e.verdict} for e in entries]
+        print(json.dumps(found, indent=1))
         return
     for e in entries:
         print(f"{e.verdict:<12}{e.id:<32}{e.claim}")
@@ -103,7 +106,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
             print(card(" ".join(options.name)))
         elif options.command == "claims":
-            print_claims(options.json)
+            print_claims(chosen(options.part, options.status), options.json)
         else:
             rows = chosen(options.part, options.status)
             if options.json:
@@ -123,4 +126,6 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a C locale can't write every title
     sys.exit(run())

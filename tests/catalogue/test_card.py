@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -256,3 +257,22 @@ def test_the_command_line_needs_no_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("rms-norm - ")
+
+
+@pytest.mark.parametrize("part", ["", "???"])
+@pytest.mark.parametrize("command", [[], ["claims"]])
+def test_a_part_without_a_letter_names_nothing(part: str, command: list[str]) -> None:
+    assert run(["--part", part, *command]) == 2
+
+
+def test_claims_of_one_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--json", "--part", "Normalisation", "claims"]) == 0
+    found = {c["component"] for c in json.loads(capsys.readouterr().out)}
+    assert found
+    assert found <= {c.id for c in components() if c.part == "normalisation"}
+
+
+def test_a_c_locale_prints_the_listing() -> None:
+    line = [sys.executable, "-m", "handbook_src.catalogue"]
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert "in all" in subprocess.run(line, env=env, capture_output=True, text=True, check=True).stdout
