@@ -203,8 +203,7 @@ def spectral_norm(
     """
     weight = _parameter("spectral_norm", module, name)
     if dim is None:
-        transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        dim = 1 if isinstance(module, transposed) else 0
+        dim = 1 if getattr(module, "transposed", False) else 0  # said by every convolution, torch's and ours
     parametrize.register_parametrization(module, name, SpectralNorm(weight, n_power_iterations, dim, eps))
     return module
 

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import remove_parametrizations
 
 from handbook_src.errors import ConfigError
 from handbook_src.functional.parametrization import as_matrix, norm_except
+from handbook_src.layers import conv_transpose
 from handbook_src.layers import parametrization as ours
 from handbook_src.testing import assert_parity, refuses
 
@@ -81,6 +82,24 @@ def test_spectral_norm_is_torchs_through_training(build, shape, steps, dim):
     same(mine, oracle, draw(*shape))
     for a, b in zip(mine.buffers(), oracle.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parity("spectral-norm")
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_our_transposed_convolutions_have_their_outputs_on_axis_one(axes):
+    name = f"ConvTranspose{axes}d"
+    mine = ours.spectral_norm(getattr(conv_transpose, name)(4, 3, 2).double())
+    oracle = theirs.spectral_norm(getattr(nn, name)(4, 3, 2).double())
+    mine.load_state_dict(oracle.state_dict())
+    oracle.load_state_dict(mine.state_dict())
+    x = draw(2, 4, *[3] * axes)
+    for _ in range(3):
+        same(mine, oracle, x)
+        step(mine, x)
+        step(oracle, x)
+    same(mine.eval(), oracle.eval(), x)
+    for key, value in oracle.state_dict().items():
+        torch.testing.assert_close(mine.state_dict()[key], value, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parity("spectral-norm", "weight-norm")
