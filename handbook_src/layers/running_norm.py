@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules import batchnorm
 
 from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError
@@ -16,15 +17,10 @@ from handbook_src.functional import norm as maths
 from handbook_src.functional.norm_input import check_eps, check_momentum, check_rank
 
 
-class _RunningNorm(nn.Module):
-    """Parameters and buffers per channel; abstract."""
+class _RunningNorm(batchnorm._NormBase):
+    """Parameters and buffers per channel, torch's, so state dicts go both ways; abstract."""
 
-    _version = 2  # torch's number for "has num_batches_tracked": state dicts go both ways
     ranks: ClassVar[tuple[int, ...]]
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -38,7 +34,6 @@ class _RunningNorm(nn.Module):
         bias: bool,
         backend: Backend,
     ) -> None:
-        super().__init__()
         name = type(self).__name__
         check_eps(name, eps)
         check_momentum(name, momentum)
@@ -46,54 +41,19 @@ class _RunningNorm(nn.Module):
             raise ConfigError(
                 f"{name} num_features", got=num_features, want="at least 1", remedy="It is the input's axis 1."
             )
-        self.num_features, self.eps, self.momentum = num_features, eps, momentum
-        self.affine, self.track_running_stats, self.backend = affine, track_running_stats, backend
-        ones = torch.ones(num_features, device=device, dtype=dtype)
-        self.weight = nn.Parameter(ones.clone()) if affine else None
-        self.bias = nn.Parameter(torch.zeros_like(ones)) if affine and bias else None
-        self.register_buffer("running_mean", torch.zeros_like(ones) if track_running_stats else None)
-        self.register_buffer("running_var", ones.clone() if track_running_stats else None)
-        batches = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_tracked", batches)
-
-    def reset_running_stats(self) -> None:
-        """Forget every batch seen: mean 0, variance 1, count 0."""
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            self.running_mean.zero_()
-            self.running_var.fill_(1)
-            self.num_batches_tracked.zero_()
-
-    def reset_parameters(self) -> None:
-        """Set gains to one, biases to zero, and forget every batch seen."""
-        self.reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        """Give a state dict of version 1, older than ``num_batches_tracked``, this layer's own count."""
-        key = prefix + "num_batches_tracked"
-        if (local_metadata.get("version") or 1) < 2 and self.num_batches_tracked is not None and key not in state_dict:
-            count = self.num_batches_tracked
-            state_dict[key] = torch.zeros((), dtype=torch.long) if count.is_meta else count
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}"
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.backend = backend
+        if not bias:
+            self.register_parameter("bias", None)
 
 
-class _BatchNorm(_RunningNorm):
+class _BatchNorm(_RunningNorm, batchnorm._BatchNorm):
     r"""Standardise each channel over the batch: see :func:`handbook_src.functional.norm.batch_norm`.
 
     In training it uses the batch's statistics and moves the running ones towards them;
     in evaluation the running ones make it a fixed affine map. Without running
-    statistics it uses the batch's in evaluation too.
+    statistics it uses the batch's in evaluation too. It is one of torch's batch norms to
+    ``torch.optim.swa_utils.update_bn`` and ``SyncBatchNorm.convert_sync_batchnorm``.
 
     Args:
         num_features: channels, the input's axis 1.

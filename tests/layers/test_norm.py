@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.layers import norm as ours
@@ -112,6 +113,34 @@ def test_gain_without_bias(name):
     plain = getattr(ours, name)(*EVERY[name][0], affine=False)
     x = draw(*EVERY[name][1]).float()
     torch.testing.assert_close(layer(x), plain(x) * 2)
+
+
+BATCH_NORMS = pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+
+
+@pytest.mark.parity("batch-norm")
+@BATCH_NORMS
+def test_torchs_update_bn_recomputes_our_statistics(name):
+    mine, theirs = pair(name, *EVERY[name][0], momentum=0.3)
+    for norm in (mine, theirs):
+        norm(draw(*EVERY[name][1]) + 100)  # to be forgotten
+        update_bn([draw(*EVERY[name][1], seed=i) for i in range(4)], nn.Sequential(norm))
+    for (key, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+    assert mine.momentum == 0.3
+
+
+@pytest.mark.parity("batch-norm")
+@BATCH_NORMS
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"affine": False}, {"track_running_stats": False}])
+def test_torch_converts_ours_to_sync_batch_norm(name, options):
+    mine = getattr(ours, name)(*EVERY[name][0], eps=0.1, momentum=0.3, **options)
+    mine(draw(*EVERY[name][1]).float())
+    before = mine.state_dict()
+    [there] = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(mine.eval()))
+    assert type(there) is nn.SyncBatchNorm
+    assert (there.eps, there.momentum, there.training) == (0.1, 0.3, False)
+    torch.testing.assert_close(there.state_dict(), before, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- laws
@@ -316,7 +345,7 @@ def test_refuses_other_features(name):
 
 
 @pytest.mark.refusal("batch-norm")
-@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+@BATCH_NORMS
 def test_batch_norm_refuses_a_batch_of_one_value(name):
     shape = (1, 3, *[1] * (ours.__dict__[name].ranks[0] - 2))
     with refuses(ShapeError, "1 value per channel", shape, "GroupNorm"):
