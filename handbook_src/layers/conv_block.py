@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.check import check_features, check_floating, check_rank, check_size
 from handbook_src.functional.conv_input import check_alike
+from handbook_src.layers.conv import Conv2d
 
 Layer = Callable[..., nn.Module]
 
@@ -131,7 +132,7 @@ def _check_layer(what: str, layer: Any, remedy: str) -> None:
 def reset_he(block: nn.Module) -> None:
     """Draw the convolutions by He's rule over the outgoing connections, as the authors' code does; reset the rest."""
     for part in block.modules():
-        if isinstance(part, nn.Conv2d):
+        if isinstance(part, nn.Conv2d | Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
             if part.bias is not None:
                 nn.init.zeros_(part.bias)

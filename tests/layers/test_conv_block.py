@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.layers.conv import Conv2d
 from handbook_src.layers.conv_block import activation
 from handbook_src.layers.dense_block import DenseBlock, Transition
 from handbook_src.layers.fire_module import FireModule
@@ -182,6 +183,18 @@ def test_refuses_another_device(kind):
         build(kind)(torch.ones(2, 4, 6, 6, device="meta"))
     with refuses(ShapeError, kind.__name__, torch.float64, torch.float32):
         build(kind).to("meta")(torch.ones(2, 4, 6, 6, device="meta", dtype=torch.float64))
+
+
+@pytest.mark.law("residual-block", "bottleneck-block", "dense-block")
+@pytest.mark.parametrize("kind", [ResidualBlock, Bottleneck, DenseBlock])
+def test_he_draws_our_convolutions_like_torchs(kind):
+    weights = []
+    for make in (nn.Conv2d, Conv2d):
+        block = build(kind, act_layer=partial(make, 4, 4, 1))
+        torch.manual_seed(0)
+        block.reset_parameters()
+        weights.append(block.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 @pytest.mark.law("residual-block")
