@@ -273,11 +273,15 @@ def test_refuses_hyperedges_that_do_not_fit():
             hyperedge_messages(x, incidence, w, step=step)
     with refuses(ShapeError, "Incidence", "meta"):
         Incidence.of(torch.ones(3, 3, device="meta"))
-    with refuses(ConfigError, "grid_hyperedges", 4):
-        grid_hyperedges(4)  # type: ignore[arg-type]
     for matrix in (torch.full((3, 2), 0.5), torch.ones(3), torch.tensor([[float("nan")]])):
         with refuses(ShapeError, "Incidence", tuple(matrix.shape)):
             Incidence.of(matrix)
+
+
+@pytest.mark.refusal("dendritic-hypergraph-conv")
+def test_refuses_grids_without_hyperedges():
+    with refuses(ConfigError, "grid_hyperedges", 4):
+        grid_hyperedges(4)  # type: ignore[arg-type]
     for size, options in (
         ((3,), {}),
         ((3, 0), {}),
