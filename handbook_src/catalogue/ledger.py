@@ -14,9 +14,9 @@ from typing import Any
 
 from handbook_src.catalogue.table import Claim, claims
 from handbook_src.errors import DataError
+from handbook_src.judge import OPEN
 
 CLAIM_TYPE = "application/vnd.handbook.claim+json"
-OPEN = "open"
 
 
 @dataclass(frozen=True)
