@@ -33,11 +33,15 @@ from handbook_src.functional.check import (
 )
 from handbook_src.functional.mask import Mask, full
 from handbook_src.functional.mask import causal as causal_rule
+from handbook_src.layers.kv_cache import KVCache
 
 
 @runtime_checkable
 class KeyValueCache(Protocol):
-    """What a cache must do: append the new keys and values, return all of them (``b s h e``)."""
+    """What a cache must do: append the new keys and values, return all of them (``b s h e``).
+
+    One that drops keys is a :class:`handbook_src.layers.kv_cache.KVCache`, which says which it kept.
+    """
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -312,7 +316,7 @@ def shield_padding(
         mask: the rule or tensor of the attention.
         t: queries.
         heads: of the queries.
-        cache: what it holds comes before ``source``.
+        cache: what it holds comes before ``source``; of what it dropped the mask loses the columns.
         by_key: ask only rules about keys alone, about one query: the work stays linear.
 
     Returns:
@@ -322,6 +326,7 @@ def shield_padding(
         ShapeError: the mask is of the wrong shape or dtype.
         ConfigError: it is neither rule nor tensor.
     """
+    mask = of_kept_keys(mask, source, heads, t, cache)
     if mask is None or (isinstance(mask, Mask) and mask.batch is None) or known_finite(source):
         return source, mask, None  # rules that know no samples hold no padding
     if (cache is not None and not hasattr(cache, "after")) or (by_key and isinstance(mask, Mask) and mask.positional):
@@ -335,6 +340,22 @@ def shield_padding(
     assert isinstance(written, Tensor)  # ``full`` knows no samples
     hidden = (~seen_by_any(written)[..., s - keys :] & ~source.isfinite().all(-1))[..., None]
     return source.masked_fill(hidden, 0.0), mask if by_key else written, hidden
+
+
+def forgets(cache: object, t: int) -> bool:
+    """Whether a cache gives back fewer keys than it has seen, those of ``t`` new tokens included."""
+    return isinstance(cache, KVCache) and cache.after(t) < cache.seen + t
+
+
+def of_kept_keys(mask: MaskLike | None, x: Tensor, heads: int, t: int, cache: object) -> MaskLike | None:
+    """Leave a mask only the columns of the keys that a cache kept: rules and columns count from the first key."""
+    if mask is None or mask is full or mask is causal_rule or not forgets(cache, t):
+        return mask  # which key came first can still be told
+    assert isinstance(cache, KVCache)
+    s = cache.seen + t
+    check_mask(mask, len(x), heads, t, s)
+    every = mask.dense(t, s, device=x.device) if isinstance(mask, Mask) else mask
+    return every[..., cache.kept(t).to(x.device)]
 
 
 def check_ahead(cache: object, q: Tensor, mask: MaskLike | None, causal: bool) -> None:

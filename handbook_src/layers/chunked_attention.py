@@ -14,7 +14,15 @@ from handbook_src.errors import ConfigError
 from handbook_src.functional.check import check_size
 from handbook_src.functional.chunked_attention import check_lengths, chunk_rule, chunked_attention
 from handbook_src.functional.mask import Mask, padding
-from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention, check_input, with_broken
+from handbook_src.layers.attention import (
+    KeyValueCache,
+    MultiHeadAttention,
+    SelfAttention,
+    check_input,
+    forgets,
+    with_broken,
+)
+from handbook_src.layers.kv_cache import KVCache
 
 
 class PatternAttention(SelfAttention, ABC):
@@ -55,11 +63,11 @@ class PatternAttention(SelfAttention, ABC):
 
 def check_keeps_all(name: str, cache: KeyValueCache | None, t: int) -> None:
     """Refuse a cache that forgets: a pattern counts places from the first token."""
-    after = getattr(cache, "after", None)
-    seen = getattr(cache, "seen", 0)
-    if after is not None and after(t) < seen + t:
+    if forgets(cache, t):
+        assert isinstance(cache, KVCache)
         raise ConfigError(
-            f"{name} with a cache", got=f"one that keeps {after(t)} of {seen + t} tokens", want="one that keeps all",
+            f"{name} with a cache", got=f"one that keeps {cache.after(t)} of {cache.seen + t} tokens",
+            want="one that keeps all",
             remedy="Use AppendCache, StaticCache or PagedCache, or SlidingWindowAttention, which may forget.",
         )  # fmt: skip
 

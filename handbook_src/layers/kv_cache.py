@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
@@ -67,6 +67,10 @@ class KVCache(ABC):
     def after(self, t: int) -> int:
         """How many keys an update of ``t`` tokens gives back, which a mask must fit."""
         return self.length + t
+
+    def kept(self, t: int) -> Int[Tensor, " s"]:
+        """Places in the text of the keys that an update of ``t`` tokens gives back."""
+        return torch.arange(self.seen + t)
 
     def reset(self) -> None:
         """Forget every token; the next update may bring another batch."""
@@ -277,7 +281,8 @@ def _wire(x: Tensor) -> torch.dtype:
 class SinkCache(KVCache):
     """Keep the first ``sinks`` and the last ``window`` tokens: constant memory for endless text.
 
-    Token by token this equals full attention under the rule ``causal & (window | sinks)``.
+    Token by token this equals full attention under the rule ``causal & (window | sinks)``.  A mask given beside it
+    counts places from the first token, dropped or not: a rule is joined to that one, a tensor has a column for each.
     A chunk of ``t`` tokens is attended before it evicts: its first query sees its own
     window and the later ones up to ``t - 1`` tokens more.
 
@@ -318,7 +323,12 @@ class SinkCache(KVCache):
         return k, v
 
     def after(self, t: int) -> int:
-        return min(self.length + t, self.sinks + self.window + max(t, 1) - 1)
+        return len(self.kept(t))
+
+    def kept(self, t: int) -> Int[Tensor, " s"]:
+        end = self.seen + t
+        last = max(end - (self.window + max(t, 1) - 1), self.sinks)
+        return torch.cat((torch.arange(min(self.sinks, end)), torch.arange(last, max(last, end))))
 
     def _evict(self, x: Tensor, last: int) -> Tensor:
         if x.shape[1] <= self.sinks + last:

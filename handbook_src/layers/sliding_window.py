@@ -14,7 +14,7 @@ from handbook_src.functional.block_sparse import block_sparse_attention
 from handbook_src.functional.check import check_size
 from handbook_src.functional.mask import Mask
 from handbook_src.functional.sliding_window import sliding_window_attention, window_rule
-from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention, with_broken
+from handbook_src.layers.attention import KeyValueCache, MultiHeadAttention, SelfAttention, forgets, with_broken
 
 
 @final
@@ -83,7 +83,7 @@ class SlidingWindowAttention(SelfAttention):
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Attend within the window, and under ``mask`` where given: a rule keeps the work linear, a tensor is dense."""
-        if mask is not None and not isinstance(mask, Mask):
+        if not isinstance(mask, Mask | None) or (cache is not None and forgets(cache, x.shape[1])):  # and leaves a gap
             return super().forward(x, mask, cache)
         rule = None if mask is None else self.rule & mask
         x, _, _, broken = self._shielded(x, None, mask, cache, by_key=True)

@@ -12,8 +12,20 @@ from torch._dynamo.testing import CompileCounter
 
 from handbook_src.errors import ConfigError, HandbookError, ShapeError
 from handbook_src.functional.attention import scaled_dot_product_attention
-from handbook_src.functional.mask import causal, sinks, window
-from handbook_src.layers.attention import CausalAttention, MultiHeadAttention
+from handbook_src.functional.mask import (
+    block,
+    causal,
+    dilated,
+    documents,
+    fixed,
+    global_tokens,
+    left_padding,
+    per_head,
+    prefix,
+    sinks,
+    window,
+)
+from handbook_src.layers.attention import CausalAttention, MultiHeadAttention, SelfAttention
 from handbook_src.layers.chunked_attention import ChunkedAttention
 from handbook_src.layers.differential_attention import DifferentialAttention
 from handbook_src.layers.grouped_query import GroupedQueryAttention
@@ -415,6 +427,71 @@ def test_a_refused_mask_stores_nothing(kind: str, make: Callable[..., torch.nn.M
             layer(x[:, 4:], cache=cache, **bad)
     assert (cache.seen, cache.length) == (other.seen, other.length)
     torch.testing.assert_close(layer(x[:, 4:], cache=cache), layer(x[:, 4:], cache=other), rtol=0, atol=0)
+
+
+#: rules that count from the first key, which a cache that drops keys must not move
+COUNTING = {
+    "block": block(4),
+    "fixed": fixed(3),
+    "global": causal & global_tokens(1, 8),
+    "prefix": prefix(3),
+    "documents": documents(torch.tensor([[0] * 4 + [1] * 9, [0] * 9 + [1] * 4])),
+    "left padding": left_padding(torch.tensor([0, 7])),
+    "by head": per_head(block(5), dilated(2)),
+}
+
+
+@pytest.mark.law("kv-cache")
+@pytest.mark.parametrize("rule", COUNTING)
+@pytest.mark.parametrize(("n_sinks", "n_window"), [(0, 6), (2, 3)])
+@torch.no_grad()
+def test_rules_count_from_the_first_key_though_it_was_dropped(rule: str, n_sinks: int, n_window: int) -> None:
+    layer, x, given = CausalAttention(8, 2).double(), torch.randn(2, 13, 8).double(), COUNTING[rule]
+    want = layer(x, (window(n_window) | sinks(n_sinks)) & given)
+    written = given.dense(13)
+    by_rule, by_tensor = SinkCache(n_sinks, n_window), SinkCache(n_sinks, n_window)
+    for t, token in enumerate(x.split(1, 1)):
+        for out in (layer(token, given, by_rule), layer(token, written[..., t : t + 1, : t + 1], by_tensor)):
+            torch.testing.assert_close(out, want[:, t : t + 1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.law("kv-cache", "sliding-window-attention", "differential-attention", "mla")
+@pytest.mark.parametrize("make", [make for make in LAYERS if not isinstance(make(), ChunkedAttention)])
+@torch.no_grad()
+def test_so_they_do_in_every_layer(make: Callable[..., torch.nn.Module]) -> None:
+    layer, x, cache = make().double(), torch.randn(2, 13, 8).double(), SinkCache(2, 3)
+    own = {} if isinstance(layer, SelfAttention) else {"causal": True}
+    want = layer(x, mask=causal & (window(3) | sinks(2)) & block(4), **own)
+    got = [layer(token, mask=block(4), cache=cache, **own) for token in x.split(1, 1)]
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.law("kv-cache", "sliding-window-attention")
+@torch.no_grad()
+def test_a_layers_own_rule_counts_from_the_first_key_in_chunks_too() -> None:
+    x = torch.randn(2, 13, 8).double()
+    for layer, kept in (
+        (SelfAttention(8, 2, rule=causal & block(3)), (0, 3)),
+        (SlidingWindowAttention(8, 2, window=5, causal=True), (2, 4)),
+    ):
+        layer, cache = layer.double(), SinkCache(*kept)
+        rule = causal & (window(kept[1]) | sinks(kept[0]))
+        # a chunk is attended before it evicts: only the rule of the first layer hides what the chunk still holds
+        chunks = [1] * 13 if kept[0] else [6, 1, 4, 2]
+        got = torch.cat([layer(part, cache=cache) for part in x.split(chunks, 1)], 1)
+        torch.testing.assert_close(got, layer(x, rule), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.refusal("kv-cache")
+@torch.no_grad()
+def test_a_mask_over_what_is_left_is_refused() -> None:
+    layer, cache = CausalAttention(8, 2), SinkCache(0, 3)
+    layer(torch.randn(2, 5, 8), cache=cache)
+    with refuses(ShapeError, "attention mask", (1, 3), (1, 6)):
+        layer(torch.randn(2, 1, 8), torch.ones(1, 3) > 0, cache)
+    with refuses(ShapeError, "positions", 6, 5):
+        layer(torch.randn(2, 1, 8), documents(torch.zeros(2, 5, dtype=torch.long)), cache)
+    assert cache.seen == 5
 
 
 @pytest.mark.refusal("mla")
