@@ -15,7 +15,7 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, Resolved, needs_for_triton, resolve
 from handbook_src.errors import ConfigError, DataError, ShapeError
-from handbook_src.functional.check import check_floating, check_integers, check_probability
+from handbook_src.functional.check import check_floating, check_integers, check_probability, known_broken
 from handbook_src.functional.norm import at_least_float32
 
 Reduction = Literal["none", "mean", "sum"]
@@ -39,7 +39,8 @@ def cross_entropy(
 
     Half precision is computed in float32 by the reference and the kernel; torch's operation
     rounds on the way. A row that is ignored may hold NaN or infinity: the reference and the kernel
-    give it gradient 0, torch NaN. Not for ``torch.func.vmap``. Rows whose target is ``ignore_index``
+    give it gradient 0, torch NaN; on a CPU ``auto`` leaves such rows to the reference.
+    Not for ``torch.func.vmap``. Rows whose target is ``ignore_index``
     have loss 0 and are left out of the mean; the mean over no rows is NaN.
     On a GPU a target outside the vocabulary is not looked for, which would wait
     for the device: there the ``triton`` backend answers NaN, torch aborts.
@@ -65,9 +66,9 @@ def cross_entropy(
     _check_settings(ignore_index, label_smoothing, reduction, z_loss)
     _check_tensors(logits, target)
     target = target.long()
-    _check_range(logits, target, ignore_index)
+    broken = _look(logits, target, ignore_index)
     runs = resolve("cross_entropy", backend, _candidates(backend, logits, target, z_loss))
-    if runs == "torch":
+    if runs == "torch" and not (broken and backend == "auto"):
         return F.cross_entropy(
             logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
@@ -142,12 +143,14 @@ def _check_tensors(logits: Tensor, target: Tensor) -> None:
         )
 
 
-def _check_range(logits: Tensor, target: Tensor, ignore_index: int) -> None:
+def _look(logits: Tensor, target: Tensor, ignore_index: int) -> bool:
+    """Refuse targets that are no class; say whether an ignored row holds NaN or infinity."""
     # Only where looking costs nothing: not on a GPU, which would have to be waited for, and not while tracing.
     if target.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    classes = logits.shape[min(1, logits.ndim - 1)]
-    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+        return False
+    axis = min(1, logits.ndim - 1)
+    ignored, classes = target == ignore_index, logits.shape[axis]
+    wrong = target[~ignored & ((target < 0) | (target >= classes))]
     if wrong.numel():
         raise DataError(
             "cross_entropy target",
@@ -155,6 +158,7 @@ def _check_range(logits: Tensor, target: Tensor, ignore_index: int) -> None:
             want=f"0 to {classes - 1}, or ignore_index {ignore_index}",
             remedy="Check the labels against the number of logits.",
         )
+    return bool(ignored.any()) and known_broken(logits.movedim(axis, -1)[ignored])
 
 
 def _candidates(backend: Backend, logits: Tensor, target: Tensor, z_loss: float) -> dict[Resolved, str | None]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_integers
+from handbook_src.functional.cross_entropy import cross_entropy
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -44,6 +43,7 @@ def causal_lm_loss(
     Raises:
         ConfigError: the reduction is not one of the three.
         ShapeError: logits and tokens don't match, tokens that are no integers, or nothing to predict.
+        DataError: on a CPU, a token outside the vocabulary.
 
     Shape:
         ``logits``: ``b t v``; ``tokens``: ``b t``; a scalar, or ``b t-1``
@@ -72,16 +72,10 @@ def causal_lm_loss(
             want="b t v and b t with t of at least 2",
             remedy="Pass the tokens the model read, unshifted.",
         )
-    check_integers("causal_lm_loss", "tokens", tokens, "Pass the ids that the tokeniser gave.")
     z, target = logits[:, :-1], tokens[:, 1:]
     if z.element_size() < 4:
         z = z.float()
-    loss = F.cross_entropy(
-        z.flatten(0, 1),
-        target.flatten().long(),
-        ignore_index=ignore_index,
-        reduction="none",
-    )
+    loss = cross_entropy(z.flatten(0, 1), target.flatten(), ignore_index, reduction="none")
     if reduction == "none":
         return loss.view(target.shape)
     total = loss.sum()

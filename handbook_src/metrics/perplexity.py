@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_integers
+from handbook_src.functional.cross_entropy import cross_entropy
 
 
 def perplexity(logits: Float[Tensor, "*lead v"], targets: Int[Tensor, "*lead"], *, ignore_index: int = -100) -> float:
@@ -27,6 +26,7 @@ def perplexity(logits: Float[Tensor, "*lead v"], targets: Int[Tensor, "*lead"], 
 
     Raises:
         ShapeError: the leading axes differ, or targets are no integers.
+        DataError: on a CPU, a target outside the vocabulary.
         ConfigError: no target counts.
 
     Shape:
@@ -73,14 +73,9 @@ class Perplexity:
                 want="the targets' axes plus one of vocabulary",
                 remedy="Causal models: logits[:, :-1] and tokens[:, 1:].",
             )
-        check_integers("Perplexity.update", "targets", targets, "Pass the ids that the tokeniser gave.")
         z = logits.detach().reshape(-1, logits.shape[-1])
-        nll = F.cross_entropy(
-            z.float() if z.element_size() < 4 else z,
-            targets.reshape(-1).long(),
-            ignore_index=self.ignore_index,
-            reduction="none",
-        )
+        z = z.float() if z.element_size() < 4 else z
+        nll = cross_entropy(z, targets.reshape(-1), self.ignore_index, reduction="none")
         self.nats += nll.double().sum().item()
         self.tokens += int((targets != self.ignore_index).sum())
         return self

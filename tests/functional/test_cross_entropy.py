@@ -109,12 +109,17 @@ def test_large_logits_and_masked_classes(backend):
 
 
 @pytest.mark.law("softmax")
-def test_the_reference_does_not_look_at_ignored_rows():
-    x = torch.randn(2, 5)
-    x[1] = torch.nan
-    x.requires_grad_()
-    cross_entropy(x, torch.tensor([2, -100]), label_smoothing=0.1, z_loss=0.1, backend="reference").backward()
-    assert x.grad.isfinite().all()
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_nobody_looks_at_ignored_rows(backend, z_loss):
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        x = torch.randn(2, 5, 3)
+        x[1, 2] = broken
+        x.requires_grad_()
+        y = torch.tensor([[2, 0, 1], [-100, -100, -100]])
+        cross_entropy(x, y, label_smoothing=0.1, z_loss=z_loss, backend=backend).backward()
+        assert x.grad[0].ne(0).all()
+        assert x.grad[1].eq(0).all()
 
 
 @pytest.mark.registration("softmax")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.losses.language_model import causal_lm_loss
 from handbook_src.testing import assert_parity, oracle, refuses, unchecked
 
@@ -132,8 +132,22 @@ def test_refuses_what_does_not_fit() -> None:
     with refuses(ShapeError, "(3, 1, 11)"):
         causal_lm_loss(scores(3, 1), tokens(3, 1))
     for dtype in (torch.float32, torch.bool):
-        with unchecked(), refuses(ShapeError, "causal_lm_loss tokens", str(dtype)):
+        with unchecked(), refuses(ShapeError, "cross_entropy target", str(dtype)):
             causal_lm_loss(scores(), tokens().to(dtype))
+    with unchecked(), refuses(ShapeError, "torch.int64"):
+        causal_lm_loss(scores().long(), tokens())
+    with refuses(DataError, "class 11", "0 to 10"):
+        causal_lm_loss(scores(), torch.full((3, 7), 11))
+
+
+@pytest.mark.law("clm-loss")
+def test_padding_may_hold_nan() -> None:
+    z, w = scores().detach(), tokens()
+    z[1, 3:], w[1, 3:] = torch.nan, -100
+    z.requires_grad_()
+    causal_lm_loss(z, w).backward()
+    assert z.grad is not None
+    assert z.grad.isfinite().all()
 
 
 @pytest.mark.parity("clm-loss")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ConfigError, DataError, ShapeError
 from handbook_src.metrics.perplexity import Perplexity, perplexity
 from handbook_src.testing import oracle, refuses, unchecked
 
@@ -99,9 +99,13 @@ def test_half_precision_and_no_graph() -> None:
 @pytest.mark.refusal("perplexity")
 def test_refuses_what_has_no_perplexity() -> None:
     for dtype in (torch.float32, torch.bool):
-        with unchecked(), refuses(ShapeError, "Perplexity.update targets", str(dtype)):
+        with unchecked(), refuses(ShapeError, "cross_entropy target", str(dtype)):
             perplexity(torch.zeros(2, 5), torch.ones(2, dtype=dtype))
     z, w = batch(2, 6)
+    with unchecked(), refuses(ShapeError, "torch.int64"):
+        perplexity(z.long(), w)
+    with refuses(DataError, "class 13", "0 to 12"):
+        perplexity(z, torch.full((2, 6), 13))
     with refuses(ShapeError, "(2, 6, 13)", "(2, 5)", "tokens[:, 1:]"):
         perplexity(z, w[:, 1:])
     with refuses(ConfigError, "0 counted tokens"):
