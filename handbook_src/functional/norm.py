@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.dispatch import Backend, resolve
+from handbook_src.functional.check import check_size
 from handbook_src.functional.norm_input import (
     as_shape,
     candidates,
@@ -107,12 +108,13 @@ def layer_norm(
 
 
 def rms_norm(
-    x: Float[Tensor, "*lead d"],
-    weight: Float[Tensor, " d"] | None = None,
+    x: Float[Tensor, "*shape"],
+    weight: Float[Tensor, "*features"] | None = None,
     eps: float | None = 1e-6,
     *,
+    axes: int = 1,
     backend: Backend = "auto",
-) -> Float[Tensor, "*lead d"]:
+) -> Float[Tensor, "*shape"]:
     r"""Divide each vector by its root mean square, then rescale.
 
     .. math:: y_i = \frac{x_i}{\sqrt{\tfrac1d \sum_j x_j^2 + \varepsilon}}\, w_i
@@ -123,27 +125,29 @@ def rms_norm(
         x: activations; any leading axes.
         weight: one gain per feature.
         eps: added inside the root; ``None`` is the machine epsilon of the statistic's dtype.
+        axes: how many trailing axes share one mean square.
         backend: ``auto`` takes the fastest that can run.
 
     Raises:
-        ConfigError: ``eps`` is not positive.
-        ShapeError: ``weight`` does not have ``d`` entries, or ``x`` is not floating.
+        ConfigError: ``eps`` is not positive, or ``axes`` no positive integer.
+        ShapeError: ``weight`` does not have the shape of these axes, or ``x`` is not floating.
 
     Source:
         Zhang & Sennrich 2019, eq. 4, arXiv:1910.07467
     """
     check_input("rms_norm", x, eps, optional=True)
-    check_trailing("rms_norm", x, tuple(x.shape[-1:]), weight, None)
+    check_size("rms_norm", "axes", axes)
+    check_trailing("rms_norm", x, tuple(x.shape[-axes:]), weight, None)
     eps = torch.finfo(statistic_dtype(x)).eps if eps is None else eps
     runs = resolve("rms_norm", backend, candidates(backend, x, weight, mixed=False, triton=True))
     if runs == "torch":
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return F.rms_norm(x, x.shape[-axes:], weight, eps)
     if runs == "triton":
         from handbook_src.kernels.norm import rms_norm_triton
 
-        return rms_norm_triton(x, weight, eps)
+        return rms_norm_triton(x.flatten(-axes), _flat(weight), eps).view(x.shape)
     wide = at_least_float32(x)
-    mean_square = wide.square().mean(-1, keepdim=True)
+    mean_square = wide.square().mean(tuple(range(-axes, 0)), keepdim=True)
     return _affine(wide * torch.rsqrt(mean_square + eps), weight, None).to(x.dtype)
 
 
@@ -190,7 +194,7 @@ def batch_norm(
     check_input("batch_norm", x, eps)
     check_channels("batch_norm", x, running_mean, running_var, weight, bias)
     check_running("batch_norm", running_mean, running_var, required=not training)
-    if training:
+    if training and x.numel():
         check_count("batch_norm", x, x.shape[0] * x.shape[2:].numel(), "batch and positions")
     parameters = (weight, bias, running_mean, running_var)
     if resolve("batch_norm", backend, candidates(backend, x, *parameters, mixed=True)) == "torch":
@@ -333,7 +337,7 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 
 def _track(mean: Tensor | None, var: Tensor | None, x: Tensor, axes: tuple[int, ...], momentum: float) -> None:
     """Move the running statistics towards those of ``x``, averaged over the samples."""
-    if mean is None or var is None:
+    if mean is None or var is None or x.numel() == 0:
         return
     with torch.no_grad():
         batch_var, batch_mean = torch.var_mean(x, axes, correction=1, keepdim=True)

@@ -462,8 +462,9 @@ def _avg_pool(axes: int, input: Tensor, settings: _Settings, ceil_mode: bool, co
         raise ConfigError(
             f"avg_pool{axes}d divisor_override", got=repr(divisor), want="an integer, not zero", remedy="1 gives sums."
         )
-    lacks = axes == 3 and input.dtype == torch.float16 and input.device.type == "cpu"
-    torchs = "float32: torch's avg_pool3d takes no float16 on CPUs" if lacks else None
+    halves = input.dtype.itemsize == 2 and not torch.is_autocast_enabled("cpu")
+    lacks = axes == 3 and halves and input.device.type == "cpu"
+    torchs = "float32: torch's avg_pool3d takes no half precision on CPUs" if lacks else None
     if resolve(f"avg_pool{axes}d", backend, {"torch": torchs, "reference": None}) == "torch":
         op: Callable[..., Tensor] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[axes]
         more = () if axes == 1 else (divisor,)

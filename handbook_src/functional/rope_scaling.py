@@ -6,7 +6,8 @@ With :math:`\theta_i` the trained frequencies, :math:`s` the ``factor`` by which
 ===========  ===========================================================================
 ``linear``   all pairs turn :math:`s` times slower: position interpolation
 ``ntk``      a larger base: the fastest pair keeps its speed, the slowest gets :math:`\theta / s`
-``dynamic``  ``ntk`` by as much as the present length asks for
+``dynamic``  ``ntk`` by as much as the present length asks for; keys in a cache keep the turns of
+             their own step, so that decoding step by step is another function of a long text
 ``yarn``     fast pairs as trained, slow ones interpolated, a ramp between; sharper attention
 ``llama3``   the same idea, ramped in the number of turns within the trained length
 ===========  ===========================================================================

@@ -155,9 +155,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_trailing("RMSNorm", x, self.normalized_shape, None, None)
-        rows = x.flatten(-len(self.normalized_shape))
-        weight = None if self.weight is None else self.weight.flatten()
-        return maths.rms_norm(rows, weight, self.eps, backend=self.backend).view_as(x)
+        return maths.rms_norm(x, self.weight, self.eps, axes=len(self.normalized_shape), backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"

@@ -356,6 +356,11 @@ def test_no_channels_are_refused(backend):
 
 @pytest.mark.registration("avg-pool")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_volumes_of_halves_have_means(backend):
-    x = torch.randn(1, 2, 4, 4, 4).half()
-    assert torch.equal(fn.avg_pool3d(x, 2, backend=backend), F.avg_pool3d(x.float(), 2).half())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_volumes_of_halves_have_means(backend, dtype):
+    x = torch.randn(1, 2, 4, 4, 4).to(dtype)
+    assert torch.equal(fn.avg_pool3d(x, 2, backend=backend), F.avg_pool3d(x.float(), 2).to(dtype))
+    with torch.autocast("cpu", dtype):
+        mine, torchs = fn.avg_pool3d(x, 2), F.avg_pool3d(x, 2)
+    assert mine.dtype == torchs.dtype == torch.float32
+    assert torch.equal(mine, torchs)

@@ -353,6 +353,24 @@ def test_batch_norm_refuses_a_batch_of_one_value(name):
     assert getattr(ours, name)(3).eval()(torch.ones(shape)).shape == shape
 
 
+@pytest.mark.law("batch-norm")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("empty", [(0, 3), (0, 3, 4), (2, 3, 0), (0, 3, 4, 2), (0, 3, 4, 2, 2)])
+def test_an_empty_batch_moves_nothing_but_the_count_of_batches(empty, backend):
+    for mine, theirs in [pair(f"BatchNorm{max(len(empty) - 2, 1)}d", 3, backend=backend)]:
+        same(mine, theirs, torch.zeros(empty, dtype=torch.float64))
+        assert mine.num_batches_tracked == theirs.num_batches_tracked == 1
+
+
+@pytest.mark.parity("rms-norm")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("axes", [1, 2])
+def test_rms_norm_keeps_the_memory_format_as_torchs_does(axes, backend):
+    x = draw(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    mine, theirs = pair("RMSNorm", x.shape[-axes:], backend=backend)
+    assert mine(x).stride() == theirs(x).stride() == x.stride()
+
+
 @pytest.mark.parametrize("versioned", [False, True])
 @pytest.mark.parametrize("name", RUNNING)
 def test_loads_a_state_dict_older_than_the_batch_count(name, versioned):

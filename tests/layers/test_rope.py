@@ -88,6 +88,17 @@ def test_dynamic_scaling_depends_on_the_length_and_only_beyond_the_trained_one()
 
 
 @pytest.mark.law("rope")
+def test_dynamic_scaling_turns_cached_keys_by_the_length_of_their_own_step():
+    layer = RotaryEmbedding(8, scaling=RopeScaling("dynamic", 4, 16))
+    q, k = draw(1, 20, 1, 8), draw(1, 20, 1, 8, seed=1)
+    for t, differ in ((16, False), (20, True)):
+        whole = layer(q[:, :t], k[:, :t])[1]
+        steps = [layer(q[:, i : i + 1], k[:, i : i + 1], i)[1] for i in range(t)]
+        assert torch.equal(steps[-1], whole[:, -1:])
+        assert torch.equal(torch.cat(steps, 1), whole) != differ
+
+
+@pytest.mark.law("rope")
 def test_yarn_scales_the_scores_by_its_temperature():
     layer = RotaryEmbedding(8, scaling=RopeScaling("yarn", 8, 16))
     q = draw(1, 3, 1, 8)
