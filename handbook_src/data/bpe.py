@@ -248,7 +248,9 @@ class BPE:
         return ids + self._encode_plain(text[end:])
 
     def _encode_plain(self, text: str) -> list[int]:
-        return [i for word in word_pattern().findall(text) for i in self._word_ids(word)]
+        # a long word seldom comes again, and 2**16 words of 32 letters are kept in less than 100 MB
+        words = word_pattern().findall(text)
+        return [i for w in words for i in (self._word_ids(w) if len(w) <= 32 else self._encode_word(w))]
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         ids = [self._ids[bytes([b])] for b in word.encode("utf8", "surrogateescape")]

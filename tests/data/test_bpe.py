@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 import sys
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -284,3 +285,17 @@ def test_what_is_no_list_of_pairs_or_of_ids_is_refused(trained: BPE) -> None:
             BPE.train(wrong, 300)  # type: ignore[arg-type]
         with refuses(DataError, "BPE.decode", repr(wrong)):
             trained.decode(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.law("bpe")
+def test_words_are_kept_within_bounds_of_bytes() -> None:
+    bpe = BPE([(b"a", b"b")])
+    assert bpe.encode("ab" * 40) == [256] * 40  # too long to be kept, and merged all the same
+    tracemalloc.start()
+    try:
+        for n in range(2000, 2100):
+            bpe.encode("x" * n)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 100_000  # of 1.8 MB that a hundred such words take with their ids
