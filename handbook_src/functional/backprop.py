@@ -15,7 +15,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, DataError, ShapeError
-from handbook_src.functional.check import check_features, check_floating, check_one_dtype, check_rank
+from handbook_src.functional.check import check_features, check_floating, check_integers, check_one_dtype, check_rank
 
 Activation = Literal["identity", "relu", "sigmoid", "tanh"]
 
@@ -165,13 +165,7 @@ def cross_entropy_backward(
     """
     check_floating("cross_entropy_backward", logits)
     check_rank("cross_entropy_backward", logits, [2], "(batch, classes)")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise ShapeError(
-            "cross_entropy_backward target dtype",
-            got=target.dtype,
-            want="class numbers, an integer dtype",
-            remedy="Convert with .long().",
-        )
+    check_integers("cross_entropy_backward", "target", target, "Convert with .long().")
     target = target.long()  # smaller integers would be read as masks
     if target.shape != logits.shape[:1] or not len(logits):
         raise ShapeError(

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_floating, check_positive, check_rank, check_size
+from handbook_src.functional.check import check_floating, check_integers, check_positive, check_rank, check_size
 from handbook_src.functional.norm import at_least_float32
 
 
@@ -208,7 +208,7 @@ def t5_bucket(
         Raffel et al. 2019, section 2.1, arXiv:1910.10683
     """
     _check_buckets(bidirectional, num_buckets, max_distance)
-    _check_integers("t5_bucket", relative_position)
+    check_integers("t5_bucket", "relative_position", relative_position, "Positions are counted: use torch.arange(t).")
     count = num_buckets // 2 if bidirectional else num_buckets
     exact = count // 2
     relative_position = relative_position.long()  # int8 holds neither the bucket of a far one nor the size of -128
@@ -307,11 +307,4 @@ def _check_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> 
             got=max_distance,
             want=f"more than {exact}, the distances that have a bucket of their own",
             remedy="128 with 32 buckets is T5's choice.",
-        )
-
-
-def _check_integers(op: str, x: Tensor) -> None:
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise ShapeError(
-            f"{op} dtype", got=x.dtype, want="an integer dtype", remedy="Positions are counted: use torch.arange(t)."
         )

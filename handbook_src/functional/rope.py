@@ -25,7 +25,7 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, Resolved, needs_for_triton, resolve
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_floating, check_positive, check_rank, check_size
+from handbook_src.functional.check import check_floating, check_integers, check_positive, check_rank, check_size
 from handbook_src.functional.norm import statistic_dtype
 
 
@@ -139,7 +139,9 @@ def rope_cos_sin(
         Su et al. 2021, eq. 15, arXiv:2104.09864
     """
     check_rank("rope_cos_sin", positions, (1, 2), "(time,) or (batch, time)")
-    check_positions("rope_cos_sin", positions)
+    check_integers(
+        "rope_cos_sin", "positions", positions, "Count with torch.arange(t); bfloat16 cannot tell 256 from 257."
+    )
     check_floating("rope_cos_sin frequencies", frequencies)
     wide = statistic_dtype(frequencies)
     angle = positions[..., None].to(wide) * frequencies.to(wide)
@@ -206,21 +208,6 @@ def check_rotary_dim(op: str, dim: int, *, limit: int | None = None) -> None:
             got=dim,
             want="an even number" + (f" of at most {limit}" if limit is not None else ""),
             remedy="Features turn in pairs; leave the odd ones out with a smaller rotary dim.",
-        )
-
-
-def check_positions(op: str, positions: Tensor) -> None:
-    """Refuse positions that are not integers.
-
-    Raises:
-        ShapeError: they are floating, complex or boolean.
-    """
-    if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
-        raise ShapeError(
-            f"{op} positions dtype",
-            got=positions.dtype,
-            want="an integer dtype",
-            remedy="Count with torch.arange(t); bfloat16 cannot tell 256 from 257.",
         )
 
 
