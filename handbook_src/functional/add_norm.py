@@ -13,8 +13,9 @@ from torch import Tensor
 
 from handbook_src.dispatch import Backend, Resolved, resolve
 from handbook_src.errors import ShapeError
+from handbook_src.functional.check import check_probability
 from handbook_src.functional.norm import layer_norm, rms_norm
-from handbook_src.functional.norm_input import candidates, check_dropout, check_input, check_trailing
+from handbook_src.functional.norm_input import candidates, check_input, check_trailing
 
 
 def dropout_add_layer_norm(
@@ -119,7 +120,7 @@ def _check_both(
     op: str, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout: float
 ) -> None:
     check_input(op, x, eps)
-    check_dropout(op, dropout)
+    check_probability(op, "dropout", dropout)
     check_trailing(op, x, x.shape[-1:], weight, bias)
     if x.shape != residual.shape:
         raise ShapeError(

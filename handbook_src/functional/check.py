@@ -50,13 +50,13 @@ def check_floating(op: str, *tensors: Tensor | None) -> None:
 
 
 def check_integers(op: str, name: str, x: Tensor, remedy: str) -> None:
-    """Refuse class indices and tokens of a floating, complex or boolean dtype, which ``long()`` would cut.
+    """Refuse class indices, tokens and positions of a floating, complex or boolean dtype, which ``long()`` would cut.
 
     Raises:
         ShapeError: another dtype than an integer one.
     """
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise ShapeError(f"{op} {name} dtype", got=x.dtype, want="class indices, an integer dtype", remedy=remedy)
+        raise ShapeError(f"{op} {name} dtype", got=x.dtype, want="an integer dtype", remedy=remedy)
 
 
 def check_parameter_dtype(op: str, dtype: torch.dtype | None) -> None:
@@ -167,17 +167,22 @@ def check_finite(op: str, name: str, value: float | int) -> None:
         raise ConfigError(f"{op} {name}", got=repr(value), want="a finite number", remedy=f"Pass {name}=0.25.")
 
 
-def check_positive(op: str, name: str, value: float | int) -> None:
+def check_positive(op: str, name: str, value: float | int, remedy: str | None = None) -> None:
     """Refuse a number that is not positive and finite.
 
     Raises:
-        ConfigError: it is zero, negative, infinite or NaN.
+        ConfigError: it is zero, negative, infinite, NaN, a boolean or no number.
     """
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ConfigError(f"{op} {name}", got=repr(value), want="a positive number", remedy=f"Pass {name}=1.0.")
+    if type(value) is float and 0 < value < math.inf:  # the usual case, without asking an abstract class
+        return
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < math.inf:
+        remedy = f"Pass {name}=1.0." if remedy is None else remedy
+        raise ConfigError(f"{op} {name}", got=repr(value), want="a positive number", remedy=remedy)
 
 
-def check_probability(op: str, name: str, value: float | int, *, below_one: bool = True) -> None:
+def check_probability(
+    op: str, name: str, value: float | int, remedy: str = "Pass 0.0 to switch it off.", *, below_one: bool = True
+) -> None:
     """Refuse a probability outside ``[0, 1)``, or outside ``[0, 1]`` unless ``below_one``.
 
     Raises:
@@ -186,9 +191,7 @@ def check_probability(op: str, name: str, value: float | int, *, below_one: bool
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not real or not (0 <= value < 1 or (value == 1 and not below_one)):
         interval = "[0, 1)" if below_one else "[0, 1]"
-        raise ConfigError(
-            f"{op} {name}", got=repr(value), want=f"a probability in {interval}", remedy="Pass 0.0 to switch it off."
-        )
+        raise ConfigError(f"{op} {name}", got=repr(value), want=f"a number in {interval}", remedy=remedy)
 
 
 def as_tuple(op: str, name: str, value: int | Sequence[int], axes: int, *, least: int = 1) -> tuple[int, ...]:

@@ -202,5 +202,5 @@ def check_range(input: Tensor, rows: int) -> None:
             "embedding input",
             got=f"token {low if low < 0 else high}",
             want=f"tokens from 0 to {rows - 1}",
-            remedy=f"Tokenise with the vocabulary that the table was made for, or enlarge the table's {rows} rows.",
+            remedy=f"Tokenise with the vocabulary that the table was made for; a position has {rows} rows, too.",
         )

@@ -193,7 +193,7 @@ def batch_norm(
     """
     check_input("batch_norm", x, eps)
     check_channels("batch_norm", x, running_mean, running_var, weight, bias)
-    check_running("batch_norm", running_mean, running_var, required=not training)
+    check_running("batch_norm", running_mean, running_var, momentum, required=not training)
     if training and x.numel():
         check_count("batch_norm", x, x.shape[0] * x.shape[2:].numel(), "batch and positions")
     parameters = (weight, bias, running_mean, running_var)
@@ -249,7 +249,7 @@ def instance_norm(
     """
     check_input("instance_norm", x, eps)
     check_channels("instance_norm", x, running_mean, running_var, weight, bias, spatial=True)
-    check_running("instance_norm", running_mean, running_var, required=not use_input_stats)
+    check_running("instance_norm", running_mean, running_var, momentum, required=not use_input_stats)
     if use_input_stats:
         check_count("instance_norm", x, x[0:1, 0:1].numel() if len(x) else 2, "positions")
         if x.shape[0] == 0:  # no samples, nothing to track: their mean is NaN, in torch's operation too

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 from torch import Tensor, float32, float64
 
 from handbook_src.dispatch import Backend, Resolved, needs_for_triton
 from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.functional.check import check_positive, check_probability, check_size
 
 
 def as_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     """Return ``normalized_shape`` as a tuple, one entry an axis.
 
     Raises:
-        ConfigError: it is empty, or an entry is not positive.
+        ConfigError: it is empty, or an entry is not a positive integer.
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or min(shape) < 1:
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    if not shape or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in shape):
         raise ConfigError(
             "normalized_shape",
             got=shape,
@@ -31,30 +33,12 @@ def check_eps(op: str, eps: float | None, *, optional: bool = False) -> None:
     """Refuse an ``eps`` that would let a constant input divide by zero.
 
     Raises:
-        ConfigError: ``eps`` is zero, negative or NaN, or None where it is not ``optional``.
+        ConfigError: ``eps`` is no positive, finite number, or None where it is not ``optional``.
     """
-    if not optional if eps is None else not eps > 0:
-        raise ConfigError(
-            f"{op} eps",
-            got=eps,
-            want="a positive number",
-            remedy="Use 1e-5 (torch's default) or 1e-6; without it a constant input gives 0/0.",
-        )
-
-
-def check_dropout(op: str, dropout: float) -> None:
-    """Refuse a dropout probability outside ``[0, 1)``.
-
-    Raises:
-        ConfigError: ``dropout`` is negative, one, more, or NaN.
-    """
-    if not 0 <= dropout < 1:
-        raise ConfigError(
-            f"{op} dropout",
-            got=dropout,
-            want="a probability in [0, 1)",
-            remedy="At 1 nothing is kept and the survivors' factor 1/(1-p) is infinite.",
-        )
+    if eps is None and optional:
+        return
+    remedy = "Use 1e-5 (torch's default) or 1e-6; without it a constant input gives 0/0."
+    check_positive(op, "eps", eps, remedy)  # type: ignore[arg-type]
 
 
 def check_input(op: str, x: Tensor, eps: float | None, *, optional: bool = False) -> None:
@@ -145,11 +129,10 @@ def check_groups(op: str, groups: int, channels: int) -> None:
     """Check that ``groups`` cuts ``channels`` into equal parts.
 
     Raises:
-        ConfigError: ``groups`` is not positive.
+        ConfigError: ``groups`` is no positive integer.
         ShapeError: ``groups`` does not divide ``channels``.
     """
-    if groups < 1:
-        raise ConfigError(f"{op} num_groups", got=groups, want="at least 1", remedy="32 is the paper's default.")
+    check_size(op, "num_groups", groups)
     if channels % groups:
         divisors = [g for g in range(1, channels + 1) if channels % g == 0]
         raise ShapeError(
@@ -160,12 +143,13 @@ def check_groups(op: str, groups: int, channels: int) -> None:
         )
 
 
-def check_running(op: str, mean: Tensor | None, var: Tensor | None, *, required: bool) -> None:
-    """Check that running statistics come in pairs, and are there where they are needed.
+def check_running(op: str, mean: Tensor | None, var: Tensor | None, momentum: float, *, required: bool) -> None:
+    """Check that running statistics come in pairs, are there where they are needed, and move by a share.
 
     Raises:
-        ConfigError: one without the other, or neither although needed.
+        ConfigError: one without the other, or neither although needed; ``momentum`` outside [0, 1].
     """
+    check_momentum(op, momentum)
     missing = [name for name, t in (("running_mean", mean), ("running_var", var)) if t is None]
     if len(missing) == 1 or (required and missing):
         raise ConfigError(
@@ -199,18 +183,14 @@ def check_rank(name: str, x: Tensor, ranks: Sequence[int] | None, channels: int,
 
 
 def check_momentum(name: str, momentum: float | None) -> None:
-    """Refuse a share of the new batch outside ``[0, 1]``.
+    """Refuse a share of the new batch outside ``[0, 1]``; ``None`` averages all batches.
 
     Raises:
-        ConfigError: ``momentum`` is negative, above 1 or NaN.
+        ConfigError: ``momentum`` is negative, above 1, NaN, a boolean or no number.
     """
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ConfigError(
-            f"{name} momentum",
-            got=momentum,
-            want="a share in [0, 1], or None for the plain average of all batches",
-            remedy="torch's momentum is the share of the new batch: 0.1 here is 0.9 in Keras.",
-        )
+    if momentum is not None:
+        remedy = "None averages all batches. 0.1 here, the share of the new batch, is 0.9 in Keras."
+        check_probability(name, "momentum", momentum, remedy, below_one=False)
 
 
 def candidates(

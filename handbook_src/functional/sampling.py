@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from handbook_src.errors import ConfigError
+from handbook_src.errors import DataError
+from handbook_src.functional.check import check_positive, check_probability, check_size, known_broken
 
 
 def temperature_logits(logits: Float[Tensor, "*lead v"], temperature: float) -> Float[Tensor, "*lead v"]:
@@ -20,8 +21,7 @@ def temperature_logits(logits: Float[Tensor, "*lead v"], temperature: float) -> 
     Source:
         Ackley, Hinton & Sejnowski 1985, eq. 4
     """
-    if not 0.0 < temperature < float("inf"):
-        raise ConfigError("temperature", got=temperature, want="a positive number", remedy="For 0 use greedy.")
+    check_positive("temperature_logits", "temperature", temperature, "For 0 use greedy.")
     return logits / temperature
 
 
@@ -33,13 +33,12 @@ def top_k_logits(logits: Float[Tensor, "*lead v"], k: int) -> Float[Tensor, "*le
     A ``k`` beyond the vocabulary keeps everything.
 
     Raises:
-        ConfigError: ``k`` is below 1.
+        ConfigError: ``k`` is no integer of at least 1.
 
     Source:
         Fan, Lewis & Dauphin 2018, section 5, arXiv:1805.04833
     """
-    if k < 1:
-        raise ConfigError("top_k k", got=k, want="at least 1", remedy="Leave top_k out to keep every token.")
+    check_size("top_k_logits", "k", k)
     kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < kth, float("-inf"))
 
@@ -57,8 +56,8 @@ def top_p_logits(logits: Float[Tensor, "*lead v"], p: float) -> Float[Tensor, "*
     Source:
         Holtzman et al. 2019, eq. 2, arXiv:1904.09751
     """
-    if not 0.0 < p <= 1.0:
-        raise ConfigError("top_p p", got=p, want="in (0, 1]", remedy="For the single most likely token use greedy.")
+    check_probability("top_p_logits", "p", p, "For every token leave it out.", below_one=False)
+    check_positive("top_p_logits", "p", p, "For the single most likely token use greedy.")
     ascending, order = logits.sort(dim=-1, stable=True)
     if ascending.element_size() < 4:  # a sum in bfloat16 stops growing at 256 equal terms
         ascending = ascending.float()
@@ -68,7 +67,12 @@ def top_p_logits(logits: Float[Tensor, "*lead v"], p: float) -> Float[Tensor, "*
 
 
 def greedy(logits: Float[Tensor, "*lead v"]) -> Int[Tensor, "*lead"]:
-    """Return the most likely token; the lowest index among equals."""
+    """Return the most likely token; the lowest index among equals.
+
+    Raises:
+        DataError: on a CPU, a row of NaN, infinity or nothing but minus infinity.
+    """
+    check_scores("greedy", logits)
     return logits.argmax(-1)
 
 
@@ -91,14 +95,33 @@ def sample(
 
     Raises:
         ConfigError: a setting is out of range.
+        DataError: on a CPU, a row of NaN, infinity or nothing but minus infinity.
 
     Source:
         Radford et al. 2019, section 3 (top-k 40); Holtzman et al. 2019, section 3.1, arXiv:1904.09751
     """
-    z = temperature_logits(logits.float() if logits.element_size() < 4 else logits, temperature)
+    check_scores("sample", logits)
+    z = logits.float() if logits.element_size() < 4 else logits
+    z = z - z.amax(-1, keepdim=True)  # changes no probability, and a tiny temperature won't overflow
+    z = temperature_logits(z, temperature)
     if top_k is not None:
         z = top_k_logits(z, top_k)
     if top_p is not None:
         z = top_p_logits(z, top_p)
     p = z.softmax(-1)
     return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).view(p.shape[:-1])
+
+
+def check_scores(op: str, logits: Tensor) -> None:
+    """Refuse scores that no token can be chosen by, where looking waits for nobody.
+
+    Raises:
+        DataError: a row whose largest score is not finite.
+    """
+    if known_broken(logits.amax(-1)):
+        raise DataError(
+            f"{op} logits",
+            got="a row with NaN or infinity, or of minus infinity alone",
+            want="a finite largest score in every row",
+            remedy="Look for the first layer whose output is not finite; hide fewer tokens.",
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from handbook_src.dispatch import Backend
 from handbook_src.functional import norm as maths
+from handbook_src.functional.check import check_size
 from handbook_src.functional.norm_input import as_shape, check_eps, check_groups, check_rank, check_trailing
 from handbook_src.layers.running_norm import (
     BatchNorm1d,
@@ -203,6 +204,7 @@ class GroupNorm(nn.Module):
     ) -> None:
         super().__init__()
         check_eps("GroupNorm", eps)
+        check_size("GroupNorm", "num_channels", num_channels)
         check_groups("GroupNorm", num_groups, num_channels)
         self.num_groups, self.num_channels = num_groups, num_channels
         self.eps, self.affine, self.backend = eps, affine, backend

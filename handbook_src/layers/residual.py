@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handbook_src.errors import ShapeError
-from handbook_src.functional.norm_input import check_dropout
+from handbook_src.functional.check import check_probability
 
 
 @final
@@ -47,7 +47,7 @@ class PreNorm(nn.Module):
 
     def __init__(self, norm: nn.Module, sublayer: nn.Module, *, dropout: float = 0.0) -> None:
         super().__init__()
-        check_dropout("PreNorm", dropout)
+        check_probability("PreNorm", "dropout", dropout)
         self.norm, self.sublayer, self.dropout = norm, sublayer, dropout
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -87,7 +87,7 @@ class PostNorm(nn.Module):
 
     def __init__(self, norm: nn.Module, sublayer: nn.Module, *, dropout: float = 0.0) -> None:
         super().__init__()
-        check_dropout("PostNorm", dropout)
+        check_probability("PostNorm", "dropout", dropout)
         self.norm, self.sublayer, self.dropout = norm, sublayer, dropout
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:

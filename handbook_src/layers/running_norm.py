@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.modules import batchnorm
 
 from handbook_src.dispatch import Backend
-from handbook_src.errors import ConfigError
 from handbook_src.functional import norm as maths
+from handbook_src.functional.check import check_size
 from handbook_src.functional.norm_input import check_eps, check_momentum, check_rank
 
 
@@ -37,10 +37,7 @@ class _RunningNorm(batchnorm._NormBase):
         name = type(self).__name__
         check_eps(name, eps)
         check_momentum(name, momentum)
-        if num_features < 1:
-            raise ConfigError(
-                f"{name} num_features", got=num_features, want="at least 1", remedy="It is the input's axis 1."
-            )
+        check_size(name, "num_features", num_features)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.backend = backend
         if not bias:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from handbook_src.errors import DataError
+from handbook_src.functional.check import check_parameter_dtype
 
+M = TypeVar("M", bound=nn.Module)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -67,12 +69,42 @@ def write_folder(folder: str | Path, config: Mapping[str, Any], weights: Mapping
         (folder / name).unlink(missing_ok=True)
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a model of exactly these names and shapes.
+def check_depth(weights: Mapping[str, Tensor], depth: int, source: str) -> None:
+    """Refuse more layers than there are tensors before they are made: 4,000 take a minute.
+
+    Raises:
+        DataError: the configuration asks for so many.
+    """
+    if depth > len(weights):
+        raise DataError(
+            f"{source}/config.json",
+            got=f"{depth} layers",
+            want=f"no more than the {len(weights)} tensors stored beside it",
+            remedy="config.json and the weights belong to different models.",
+        )
+
+
+def fill(
+    model: M,
+    weights: Mapping[str, Tensor],
+    source: str,
+    device: str | torch.device,
+    dtype: torch.dtype | None = None,
+) -> M:
+    """Give a model on the meta device weights of exactly these names and shapes.
+
+    Args:
+        model: the structure.
+        weights: by the model's names.
+        source: where they come from, for messages.
+        device: where they go.
+        dtype: theirs unless given.
 
     Raises:
         DataError: names what is missing, what is left over, or which shapes differ.
+        ConfigError: ``dtype`` is no floating-point dtype.
     """
+    check_parameter_dtype(f"weights of {source}", dtype)
     want = dict(model.named_parameters())
     missing, unexpected = sorted(set(want) - set(weights)), sorted(set(weights) - set(want))
     if missing or unexpected:
@@ -90,9 +122,12 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
             want=", ".join(f"{n} {b}" for n, (_, b) in wrong.items()),
             remedy="config.json and the weights belong to different models.",
         )
+    stored = next((w.dtype for w in weights.values()), torch.float32)
+    model = model.to(dtype or stored).to_empty(device=device)  # memory is asked for once all fits
     with torch.no_grad():
-        for name, p in want.items():
+        for name, p in model.named_parameters():
             p.copy_(weights[name])
+    return model
 
 
 def _shards(path: Path) -> dict[str, str]:

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from handbook_src.errors import ConfigError, ShapeError
+from handbook_src.errors import ShapeError
+from handbook_src.functional.check import check_rank, check_size
 from handbook_src.functional.sampling import greedy
 from handbook_src.layers.kv_cache import AppendCache, KVCache
 from handbook_src.layers.mode import modes_kept
@@ -58,14 +59,14 @@ def generate(
         attention_mask: 0 on the left where a prompt is padding.
 
     Raises:
-        ConfigError: ``new_tokens`` is below 1.
-        ShapeError: the text would outgrow the model's context, an empty prompt, or padding
-            that isn't on the left.
+        ConfigError: ``new_tokens`` or ``eos`` is no count, the prompt no tensor.
+        ShapeError: the text would outgrow the model's context, an empty prompt, tokens that are no
+            integers or outside the vocabulary, or padding that isn't on the left.
 
     Source:
         Shazeer 2019, section 2.4 (incremental decoding), arXiv:1911.02150
     """
-    _refuse(model, prompt, new_tokens, attention_mask)
+    _refuse(model, prompt, new_tokens, eos, attention_mask)
     nothing_hidden = attention_mask is None or bool(attention_mask.all())
     text, mask = prompt, None if nothing_hidden else attention_mask
     caches = None if cache is None else model.new_cache(cache)
@@ -95,10 +96,12 @@ def _next_logits(model: CausalLM, text: Tensor, mask: Tensor | None, cache: Sequ
     return model(text[:, seen:], **inputs).logits[:, -1]
 
 
-def _refuse(model: CausalLM, prompt: Tensor, new_tokens: int, mask: Tensor | None) -> None:
-    if new_tokens < 1:
-        raise ConfigError("generate new_tokens", got=new_tokens, want="at least 1", remedy="Ask for one token or more.")
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
+def _refuse(model: CausalLM, prompt: Tensor, new_tokens: int, eos: int | None, mask: Tensor | None) -> None:
+    check_size("generate", "new_tokens", new_tokens)
+    if eos is not None:
+        check_size("generate", "eos", eos, least=0)
+    check_rank("generate", prompt, (2,), "(batch, tokens)")
+    if prompt.shape[1] == 0:
         raise ShapeError(
             "generate prompt", got=tuple(prompt.shape), want="b t with a token in it", remedy="Begin with end-of-text."
         )

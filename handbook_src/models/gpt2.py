@@ -14,11 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from handbook_src.errors import ConfigError, DataError, ShapeError
+from handbook_src.functional.check import check_positive, check_probability, check_rank, check_size
 from handbook_src.functional.mask import Mask
 from handbook_src.layers.attention import MultiHeadAttention
+from handbook_src.layers.embedding import Embedding
 from handbook_src.layers.kv_cache import AppendCache, KVCache
 from handbook_src.layers.norm import LayerNorm
-from handbook_src.models.folder import fill, read_folder, write_folder
+from handbook_src.models.folder import check_depth, fill, read_folder, write_folder
 from handbook_src.models.gpt2_folder import config_to_hf, settings_from_hf, weights_from_hf, weights_to_hf
 
 
@@ -50,27 +52,23 @@ class GPT2Config:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if not self.init_std > 0:
-            raise ConfigError("GPT2Config init_std", got=self.init_std, want="positive", remedy="GPT-2 used 0.02.")
         for name in ("vocab_size", "context", "dim", "heads", "depth"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"GPT2Config {name}", got=getattr(self, name), want="at least 1", remedy="See PUBLISHED for sizes."
-                )
+            check_size("GPT2Config", name, getattr(self, name))
+        check_size("GPT2Config", "hidden_dim", self.hidden_dim, least=0)
+        check_positive("GPT2Config", "eps", self.eps, "GPT-2 used 1e-5.")
+        check_positive("GPT2Config", "init_std", self.init_std, "GPT-2 used 0.02.")
         if self.dim % self.heads:
             raise ConfigError(
                 "GPT2Config dim", got=self.dim, want=f"a multiple of heads={self.heads}", remedy="64 a head is usual."
             )
-        shares = [self.dropout] * 3 if isinstance(self.dropout, float | int) else self.dropout
+        shares = self.dropout if isinstance(self.dropout, Sequence) else [self.dropout] * 3
         if len(shares) != 3:
             raise ConfigError(
                 "GPT2Config dropout", got=shares, want="one number or three", remedy="Embedding, attention, residual."
             )
+        for share in shares:
+            check_probability("GPT2Config", "dropout", share)
         object.__setattr__(self, "dropout", Dropout(*map(float, shares)))
-        if self.hidden_dim < 0:
-            raise ConfigError(
-                "GPT2Config hidden_dim", got=self.hidden_dim, want="positive", remedy="0 takes four times dim."
-            )
         if self.hidden_dim == 0:
             object.__setattr__(self, "hidden_dim", 4 * self.dim)
 
@@ -175,8 +173,8 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         dropout = config.dropout if isinstance(config.dropout, Dropout) else Dropout()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.position_embedding = nn.Embedding(config.context, config.dim)
+        self.token_embedding = Embedding(config.vocab_size, config.dim)
+        self.position_embedding = Embedding(config.context, config.dim)
         self.drop = nn.Dropout(dropout.embedding)
         self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.depth))
         self.norm = LayerNorm(config.dim, eps=config.eps)
@@ -215,9 +213,11 @@ class GPT2(nn.Module):
             cache: one a layer, from :meth:`new_cache`.
 
         Raises:
-            ShapeError: beyond the context, or a mask of another length.
-            ConfigError: not one cache a layer.
+            ShapeError: beyond the context, tokens outside the vocabulary or no integers, or a mask of
+                another length.
+            ConfigError: not one cache a layer, or no tensor.
         """
+        check_rank("GPT2 input_ids", input_ids, (2,), "(batch, tokens)")
         seen = self._seen(cache)
         if position_ids is None:
             position_ids = self._positions(seen, input_ids)
@@ -236,10 +236,9 @@ class GPT2(nn.Module):
     def _seen(self, cache: Sequence[KVCache] | None) -> int:
         if cache is None:
             return 0
-        if len(cache) != len(self.blocks):
-            raise ConfigError(
-                "GPT2 cache", got=f"{len(cache)} caches", want=f"{len(self.blocks)}, one a layer", remedy="new_cache()."
-            )
+        if not isinstance(cache, Sequence) or len(cache) != len(self.blocks):
+            got = f"{len(cache)} caches" if isinstance(cache, Sequence) else type(cache).__name__
+            raise ConfigError("GPT2 cache", got=got, want=f"{len(self.blocks)}, one a layer", remedy="new_cache().")
         return cache[0].seen
 
     def _positions(self, seen: int, input_ids: Tensor) -> Tensor:
@@ -284,6 +283,7 @@ class GPT2(nn.Module):
         Raises:
             DataError: a file is missing or torn, keys or shapes don't match, or the
                 configuration asks for something that GPT-2 did not have.
+            ConfigError: ``dtype`` is no floating-point dtype.
         """
         raw, weights = read_folder(folder)
         settings = settings_from_hf(raw, str(folder))
@@ -294,12 +294,10 @@ class GPT2(nn.Module):
                 f"{folder}/config.json", got=str(e), want="the sizes of a GPT-2", remedy="Copy the file again."
             ) from e
         ours = weights_from_hf(weights, str(folder))
-        stored = dtype or next((w.dtype for w in ours.values()), torch.float32)
+        check_depth(ours, config.depth, str(folder))
         with torch.device("meta"):
             model = cls(config)
-        model = model.to(stored).to_empty(device=device)
-        fill(model, ours, str(folder))
-        return model.eval()
+        return fill(model, ours, str(folder), device, dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that transformers' ``GPT2LMHeadModel.from_pretrained`` reads."""

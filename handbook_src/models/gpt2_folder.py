@@ -53,11 +53,12 @@ def settings_from_hf(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _check_number(key: str, value: Any, source: str) -> None:
     whole = key not in (*_DROPOUTS, "layer_norm_epsilon", "initializer_range")
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not number or (whole and value < 1):
         raise DataError(
             f"{source}/config.json {key}",
             got=repr(value),
-            want="a whole number" if whole else "a number",
+            want="a positive whole number" if whole else "a number",
             remedy="Write the number that the model was trained with, or leave the key out.",
         )
 

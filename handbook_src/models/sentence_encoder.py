@@ -20,7 +20,7 @@ from handbook_src.layers.attention import MultiHeadAttention
 from handbook_src.layers.mode import modes_kept
 from handbook_src.layers.norm import LayerNorm
 from handbook_src.layers.token_embedding import TokenPositionSegmentEmbedding
-from handbook_src.models.folder import fill
+from handbook_src.models.folder import check_depth, fill
 from handbook_src.models.sentence_encoder_folder import read_encoder, read_tokenizer
 
 
@@ -215,10 +215,10 @@ class SentenceEncoder(nn.Module):
         except ConfigError as e:
             remedy = "Copy the file again."
             raise DataError(f"{folder}/config.json", got=str(e), want="the sizes of a BERT", remedy=remedy) from e
+        check_depth(weights, config.depth, str(folder))
         with torch.device("meta"):
             model = cls(config, normalize=normalize)
-        model = model.to(next((w.dtype for w in weights.values()), torch.float32)).to_empty(device=device)
-        fill(model, weights, str(folder))
+        model = fill(model, weights, str(folder), device)
         model.tokenizer = read_tokenizer(Path(folder))
         return model.eval()
 

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from handbook_src.errors import ConfigError, Diverged
+from handbook_src.functional.check import check_positive, check_size
 from handbook_src.layers.mode import modes_kept
 from handbook_src.training.checkpoint import Run, load, rng_state, save, set_rng_state
 from handbook_src.training.distributed import World, join
@@ -101,7 +102,7 @@ def train(
     """
     world = join()
     _refuse(steps, clip_norm, accumulate, precision, scheduler, world)
-    _refuse_foreign(model, optimizer)
+    _refuse_parameters(model, optimizer, precision)
     _refuse_intervals(evaluate, evaluate_every, checkpoint, checkpoint_every)
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
@@ -227,16 +228,16 @@ def _refuse(
     scheduler: LRScheduler | None,
     world: World,
 ) -> None:
-    if steps < 1:
-        raise ConfigError("steps", got=steps, want="at least 1", remedy="Pass the number of optimiser steps.")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ConfigError("clip_norm", got=clip_norm, want="a positive norm", remedy="Pass None to leave gradients be.")
-    if accumulate < 1 or accumulate % world.size:
+    check_size("train", "steps", steps)
+    if clip_norm is not None:
+        check_positive("train", "clip_norm", clip_norm, "Pass None to leave gradients be.")
+    check_size("train", "accumulate", accumulate)
+    if accumulate % world.size:
         raise ConfigError(
             "accumulate",
             got=accumulate,
             want=f"a positive multiple of the {world.size} process(es) that share a step",
-            remedy=f"Pass accumulate={max(1, math.ceil(accumulate / world.size)) * world.size}.",
+            remedy=f"Pass accumulate={math.ceil(accumulate / world.size) * world.size}.",
         )
     if precision not in ("float32", "bfloat16", "float16"):
         raise ConfigError(
@@ -251,14 +252,21 @@ def _refuse(
         )
 
 
-def _refuse_foreign(model: nn.Module, optimizer: Optimizer) -> None:
-    own = {id(p) for p in model.parameters()}
+def _refuse_parameters(model: nn.Module, optimizer: Optimizer, precision: str) -> None:
+    own = {id(p): p for p in model.parameters() if p.requires_grad}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise ConfigError(
             "optimizer",
-            got=f"no parameter of this model, which has {len(own)}",
+            got=f"no parameter of this model, which has {len(own)} to train",
             want="an optimiser over model.parameters()",
             remedy="Make it after the model is made, moved or replaced; without parameters there is nothing to train.",
+        )
+    if precision == "float16" and any(p.dtype == torch.float16 for p in own.values()):
+        raise ConfigError(
+            "precision",
+            got="'float16' with parameters in float16",
+            want="parameters in float32, which the scaled gradients are added to",
+            remedy="Leave the model in float32: the forward pass is cast.",
         )
 
 
@@ -271,8 +279,8 @@ def _refuse_intervals(
     ):
         if every is not None and thing is None:
             raise ConfigError(f"{name}_every", got=every, want=f"{name} as well", remedy=f"Pass {name}=... or drop it.")
-        if every is not None and every < 1:
-            raise ConfigError(f"{name}_every", got=every, want="at least 1", remedy="Pass None for the last step only.")
+        if every is not None:
+            check_size("train", f"{name}_every", every)
 
 
 def _refuse_shorter(done: int, steps: int, checkpoint: str | Path) -> None:

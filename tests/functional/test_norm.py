@@ -356,8 +356,8 @@ def test_standardise_has_mean_0_and_variance_1():
 @pytest.mark.refusal("batch-norm", "layer-norm", "instance-norm", "group-norm", "rms-norm")
 @ALL
 def test_refuses_eps_and_dtype(call):
-    for eps in (0.0, -1e-5, float("nan")):
-        with refuses(ConfigError, "eps", eps):
+    for eps in (0.0, -1e-5, float("nan"), float("inf"), True, "small"):
+        with refuses(ConfigError, "eps", repr(eps)):
             call(draw(2, 4, 3), eps=eps)
     with refuses(ShapeError, "torch.int64"):
         call(torch.ones(2, 4, 3, dtype=torch.int64))
@@ -442,8 +442,22 @@ def test_instance_norm_refuses_one_position(backend):
 def test_group_norm_refuses_groups_that_do_not_divide():
     with refuses(ShapeError, 6, 4, [1, 2, 3, 6]):
         group_norm(draw(2, 6), 4)
-    with refuses(ConfigError, "num_groups", 0):
-        group_norm(draw(2, 6), 0)
+    for groups in (0, True, 2.0):
+        with refuses(ConfigError, "num_groups", repr(groups)):
+            group_norm(draw(2, 6), groups)
+
+
+@pytest.mark.refusal("batch-norm", "instance-norm", "rms-norm")
+def test_shares_and_counts_of_axes_are_numbers():
+    stats = torch.zeros(3), torch.ones(3)
+    for momentum in (1.5, True, "slow"):
+        with refuses(ConfigError, "batch_norm momentum", repr(momentum)):
+            batch_norm(draw(2, 3), *stats, training=True, momentum=momentum)
+        with refuses(ConfigError, "instance_norm momentum", repr(momentum)):
+            instance_norm(draw(2, 3, 4), *stats, momentum=momentum)
+    for axes in (0, True, 1.0):
+        with refuses(ConfigError, "axes", repr(axes)):
+            rms_norm(draw(2, 3), axes=axes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

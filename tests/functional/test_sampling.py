@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from handbook_src.errors import ConfigError
+from handbook_src.errors import ConfigError, DataError
 from handbook_src.functional.sampling import greedy, sample, temperature_logits, top_k_logits, top_p_logits
 from handbook_src.testing import oracle, refuses
 
@@ -89,18 +89,39 @@ def test_any_leading_axes_and_half_precision() -> None:
 
 
 @pytest.mark.refusal("gpt")
-@pytest.mark.parametrize("t", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("t", [0.0, -1.0, float("inf"), float("nan"), True, "warm", None])
 def test_refuses_a_temperature_that_is_no_temperature(t: float) -> None:
-    with refuses(ConfigError, "temperature", t, "greedy"):
+    with refuses(ConfigError, "temperature", repr(t), "greedy"):
         sample(logits(), temperature=t)
+
+
+@pytest.mark.law("gpt")
+@pytest.mark.parametrize("t", [1e-3, 1e-38, 1e-45])
+def test_the_colder_the_nearer_to_greedy(t: float) -> None:
+    for z in (logits(), 100 * logits().float(), logits().half()):
+        assert torch.equal(sample(z, temperature=t, top_k=4, top_p=0.9), greedy(z))
+
+
+@pytest.mark.refusal("gpt")
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_refuses_scores_that_choose_nothing(broken: float) -> None:
+    z = logits().clone()
+    z[1] = broken
+    for choose in (greedy, sample):
+        with refuses(DataError, "logits", "finite"):
+            choose(z)
+    z[1, 0] = 0.0
+    if broken == float("-inf"):  # what is hidden may be minus infinity
+        assert sample(z)[1] == greedy(z)[1] == 0
 
 
 @pytest.mark.refusal("gpt")
 def test_refuses_empty_choices() -> None:
-    with refuses(ConfigError, "top_k", 0):
-        sample(logits(), top_k=0)
-    for p in (0.0, 1.1, -0.1):
-        with refuses(ConfigError, "top_p", p):
+    for k in (0, True, 2.5):
+        with refuses(ConfigError, "top_k", repr(k)):
+            sample(logits(), top_k=k)
+    for p in (0.0, 1.1, -0.1, True, "most"):
+        with refuses(ConfigError, "top_p", repr(p)):
             sample(logits(), top_p=p)
 
 

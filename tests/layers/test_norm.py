@@ -300,8 +300,8 @@ def test_repr_names_the_sizes(name):
 def test_refuses_bad_settings(name):
     build = getattr(ours, name)
     args = EVERY[name][0]
-    for eps in (0.0, -1.0, *([] if name == "RMSNorm" else [None])):
-        with refuses(ConfigError, name, eps):
+    for eps in (0.0, -1.0, True, float("inf"), "small", *([] if name == "RMSNorm" else [None])):
+        with refuses(ConfigError, name, repr(eps)):
             build(*args, eps=eps)
     with refuses(ConfigError, "cuda-graphs"):
         build(*args, backend="cuda-graphs")(draw(*EVERY[name][1]).float())
@@ -311,11 +311,12 @@ def test_refuses_bad_settings(name):
 @pytest.mark.parametrize("name", RUNNING)
 def test_refuses_momentum_rank_and_channels(name):
     build = getattr(ours, name)
-    for momentum in (-0.1, 1.5):
-        with refuses(ConfigError, "momentum", momentum):
+    for momentum in (-0.1, 1.5, True, float("nan"), "slow"):
+        with refuses(ConfigError, "momentum", repr(momentum)):
             build(3, momentum=momentum)
-    with refuses(ConfigError, "num_features", 0):
-        build(0)
+    for features in (0, True, 2.5, None):
+        with refuses(ConfigError, "num_features", repr(features)):
+            build(features)
     with refuses(ShapeError, name, (1, 2, 3, 1, 1, 1)):
         build(3)(torch.ones(1, 2, 3, 1, 1, 1))
     wrong = torch.ones(2, 5, *EVERY[name][1][2:])
@@ -327,8 +328,12 @@ def test_refuses_momentum_rank_and_channels(name):
 def test_group_norm_refuses_at_construction_and_call():
     with refuses(ShapeError, 6, 4, [1, 2, 3, 6]):
         ours.GroupNorm(4, 6)
-    with refuses(ConfigError, 0):
-        ours.GroupNorm(0, 6)
+    for groups in (0, True, 2.0, "2"):
+        with refuses(ConfigError, "num_groups", repr(groups)):
+            ours.GroupNorm(groups, 6)
+    for channels in (0, -4, True, 4.0):
+        with refuses(ConfigError, "num_channels", repr(channels)):
+            ours.GroupNorm(2, channels)
     with refuses(ShapeError, 8, 6):
         ours.GroupNorm(2, 6, affine=False)(torch.ones(2, 8))
 
@@ -340,8 +345,9 @@ def test_refuses_other_features(name):
         getattr(ours, name)(6)(torch.ones(2, 7))
     with refuses(ShapeError, (6,), (2, 6)):
         getattr(ours, name)((2, 6))(torch.ones(6))
-    with refuses(ConfigError, "normalized_shape", ()):
-        getattr(ours, name)(())
+    for wrong in ((), 0, (2, 0), True, (2, True), 2.5, "2", None):
+        with refuses(ConfigError, "normalized_shape"):
+            getattr(ours, name)(wrong)
 
 
 @pytest.mark.refusal("batch-norm")

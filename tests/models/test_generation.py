@@ -17,7 +17,7 @@ from handbook_src.layers.kv_cache import AppendCache, KVCache, QuantizedCache, S
 from handbook_src.layers.paged_kv_cache import PagedCache, PagePool
 from handbook_src.models.generation import generate
 from handbook_src.models.gpt2 import GPT2, GPT2Config
-from handbook_src.testing import oracle, refuses
+from handbook_src.testing import oracle, refuses, unchecked
 
 CONFIG = GPT2Config(vocab_size=31, context=24, dim=12, heads=2, depth=2, dropout=0.1)
 CACHES: dict[str, Callable[[], KVCache] | None] = {
@@ -150,8 +150,16 @@ def test_quantised_caches_write_text() -> None:
 @pytest.mark.refusal("gpt")
 def test_refuses_what_cannot_be_written() -> None:
     model = lively()
-    with refuses(ConfigError, "new_tokens", 0):
-        generate(model, prompt(1, 3), 0)
+    for wrong in (0, 2.5, True, "3"):
+        with refuses(ConfigError, "new_tokens", repr(wrong)):
+            generate(model, prompt(1, 3), wrong)  # type: ignore[arg-type]
+    for wrong in ([1, 2], 2.5, True, -1):
+        with refuses(ConfigError, "eos", repr(wrong)):
+            generate(model, prompt(1, 3), 2, eos=wrong)  # type: ignore[arg-type]
+    with unchecked(), refuses(ConfigError, "list"):
+        generate(model, [[1, 2]], 2)  # type: ignore[arg-type]
+    with unchecked(), refuses(ShapeError, "torch.float32"):
+        generate(model, prompt(1, 3).float(), 2)
     with refuses(ShapeError, "20 + 5 tokens", 24):
         generate(model, prompt(1, 20), 5)
     with refuses(ShapeError, "(1, 0)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -335,8 +336,14 @@ def test_refuses_sizes_that_cannot_work() -> None:
         GPT2Config(dim=16, heads=3)
     with refuses(ConfigError, "depth", 0):
         GPT2Config(depth=0)
-    with refuses(ConfigError, "init_std", 0.0):
-        GPT2Config(init_std=0.0)
+    for name in ("vocab_size", "context", "dim", "heads", "depth", "hidden_dim"):
+        for size in (2.5, True, "3"):
+            with refuses(ConfigError, name, repr(size)):
+                GPT2Config(**{name: size})
+    for name in ("init_std", "eps"):
+        for number in (0.0, math.inf, True, "small"):
+            with refuses(ConfigError, name, repr(number)):
+                GPT2Config(**{name: number})
     with refuses(ConfigError, "gpt3", *PUBLISHED):
         published("gpt3")
 
@@ -360,6 +367,26 @@ def test_refuses_wrong_masks_and_caches() -> None:
         model(text(2, 9), attention_mask=torch.ones(2, 8, dtype=torch.long))
     with refuses(ConfigError, "1 caches", "one a layer"):
         model(text(2, 9), cache=[AppendCache()])
+    with refuses(ConfigError, "AppendCache", "one a layer"):
+        model(text(2, 9), cache=AppendCache())
+
+
+@pytest.mark.refusal("gpt")
+@pytest.mark.usefixtures("unchecked")
+def test_refuses_tokens_and_positions_that_name_no_row() -> None:
+    model = tiny()
+    for wrong in (53, -1):
+        with refuses(ShapeError, f"token {wrong}", "from 0 to 52"):
+            model(torch.full((2, 3), wrong))
+    with refuses(ShapeError, 19, "from 0 to 18"):
+        model(text(2, 3), position_ids=torch.full((2, 3), 19))
+    for dtype in (torch.float32, torch.bool):
+        with refuses(ShapeError, str(dtype)):
+            model(text(2, 3).to(dtype))
+    with refuses(ShapeError, "GPT2 input_ids", (3,)):
+        model(text(1, 3)[0])
+    with refuses(ConfigError, "list", "tensor"):
+        model([[1, 2, 3]])
 
 
 def saved(folder: Path) -> Path:
@@ -440,15 +467,34 @@ def test_refuses_dropout_and_hidden_dim_without_sense() -> None:
     for shares in ((0.1, 0.2), (0.1, 0.2, 0.3, 0.4)):
         with refuses(ConfigError, "dropout", shares):
             GPT2Config(**SIZES, dropout=shares)
+    for share in (1.5, 1.0, -0.1, math.nan):
+        for shares in (share, (0.1, share, 0.0)):
+            with refuses(ConfigError, "dropout", share):
+                GPT2Config(**SIZES, dropout=shares)
     with refuses(ConfigError, "hidden_dim", -4):
         GPT2Config(**SIZES | {"hidden_dim": -4})
 
 
 @pytest.mark.refusal("gpt")
-@pytest.mark.parametrize(("key", "value"), [("resid_pdrop", None), ("n_embd", 24.0), ("layer_norm_epsilon", "1e-5")])
-def test_refuses_settings_that_are_no_numbers(key: str, value: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "value"), [
+    ("resid_pdrop", None), ("n_embd", 24.0), ("layer_norm_epsilon", "1e-5"), ("embd_pdrop", 1.5), ("n_inner", 0),
+    ("n_layer", 4000), ("initializer_range", math.inf),
+])  # fmt: skip
+def test_refuses_settings_that_cannot_be(key: str, value: Any, tmp_path: Path) -> None:
+    ours = {"embd_pdrop": "dropout", "n_layer": "layers", "initializer_range": "init_std"}
     edit(saved(tmp_path), **{key: value})
-    with refuses(DataError, key, repr(value)):
+    with refuses(DataError, ours.get(key, key), repr(value)):
+        GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.refusal("gpt")
+def test_refuses_a_dtype_that_is_none_and_asks_for_memory_once_all_fits(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for dtype in (torch.int64, torch.complex64, "float32"):
+        with refuses(ConfigError, "dtype", str(dtype)):
+            GPT2.from_pretrained(tmp_path, dtype=dtype)  # type: ignore[arg-type]
+    edit(tmp_path, vocab_size=10**12)  # 60 terabytes
+    with refuses(DataError, "token_embedding.weight (1000000000000, 15)"):
         GPT2.from_pretrained(tmp_path)
 
 

@@ -144,6 +144,8 @@ def test_folders_without_the_extra_files_or_without_normalisation(tiny: Any) -> 
     ("config.json", {"hidden_size": 13}, ("13", "multiple")),
     ("config.json", {"hidden_size": 15}, ("15",)),
     ("config.json", {"num_hidden_layers": 3}, ("blocks.2.up.weight", "missing")),
+    ("config.json", {"num_hidden_layers": 4000}, ("4000 layers", "tensors")),
+    ("config.json", {"hidden_dropout_prob": 1.5}, ("dropout", "1.5")),
     ("config.json", {"num_hidden_layers": 1}, ("blocks.1.up.weight", "unexpected")),
     ("config.json", {"vocab_size": "many"}, ("'many'", "vocab_size")),
     ("sentence_bert_config.json", {"max_seq_length": 99}, ("99", "13")),

@@ -210,6 +210,15 @@ def test_an_optimiser_of_another_model_is_refused():
         train(net(), sample(4), mse, sgd(net()), steps=1, generator=rng(), progress=False)
 
 
+def test_a_model_with_nothing_to_train_is_refused():
+    for model in (nn.ReLU(), net().requires_grad_(False)):
+        with refuses(ConfigError, "optimizer", "has 0 to train"):
+            train(model, sample(4), mse, sgd(net()), steps=1, generator=rng(), progress=False)
+    model = net(dtype=torch.float16)
+    with refuses(ConfigError, "precision", "float16", "float32"):
+        train(model, sample(4), mse, sgd(model), steps=1, generator=rng(), precision="float16", progress=False)
+
+
 def test_an_evaluation_may_not_overwrite_the_step():
     model = net()
     with refuses(ConfigError, "'step'"):
@@ -287,6 +296,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update():
     ("change", "values"),
     [
         ({"steps": 0}, ("steps", 0)),
+        ({"steps": 2.5}, ("steps", 2.5)),
+        ({"accumulate": True}, ("accumulate", True)),
+        ({"clip_norm": "one"}, ("clip_norm", "'one'")),
+        ({"evaluate": lambda m: 0.0, "evaluate_every": 2.5}, ("evaluate_every", 2.5)),
         ({"clip_norm": -1.0}, ("clip_norm", -1.0)),
         ({"clip_norm": math.nan}, ("clip_norm", "nan")),
         ({"accumulate": 0}, ("accumulate", 0)),
