@@ -11,9 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.fx
 
 from handbook_src.catalogue import claims, components
 from handbook_src.catalogue.__main__ import run as catalogue
+from handbook_src.layers.norm import BatchNorm2d, RMSNorm
+from handbook_src.layers.pooling import MaxPool2d
+from handbook_src.models.gpt2 import GPT2, GPT2Config
 from handbook_src.publish import command as press
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,10 +63,23 @@ def test_the_two_commands_are_there() -> None:
     assert {"python3 -m handbook_src book", "python3 -m handbook_src test"} <= set(lines)
 
 
+#: what the README says that our layers do not go through
+REFUSED = """
+import warnings
+warnings.simplefilter("ignore")
+for read in (torch.fx.symbolic_trace, torch.jit.script):
+    try:
+        read(norm)
+    except Exception:
+        continue
+    raise AssertionError(f"{read} works: say so")
+"""
+
+
 def test_the_layer_of_five_lines_runs_outside_the_repository(tmp_path: Path) -> None:
     [(_, code)] = blocks(PAPERS["README.md"], "python")
     assert len(code.split("\n\n", 1)[0].splitlines()) + len(code.split("\n\n", 1)[1].splitlines()) <= 5
-    check = code + "\nassert y.shape == (2, 10, 512)\nassert abs(y.square().mean() - 1) < 1e-3\n"
+    check = code + "\nassert y.shape == (2, 10, 512)\nassert abs(y.square().mean() - 1) < 1e-3\n" + REFUSED
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", check],
         capture_output=True,
@@ -113,6 +131,29 @@ def test_the_picture_is_small_enough_to_load() -> None:
     data = (ROOT / picture).read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert 10_000 < len(data) < 200_000
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_layers_and_models_export_to_a_graph_of_fx() -> None:
+    model = GPT2(GPT2Config(vocab_size=11, context=8, dim=8, heads=2, depth=1)).eval()
+    x, ids = torch.randn(2, 3, 8, 8), torch.randint(11, (2, 5))
+    for module, given in ((model, ids), (BatchNorm2d(3).eval(), x), (MaxPool2d(2), x), (RMSNorm(8), x)):
+        exported = torch.export.export(module, (given,))
+        assert isinstance(exported.graph_module, torch.fx.GraphModule)
+        torch.testing.assert_close(exported.module()(given), module(given))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_network_is_traced_with_our_layers_as_leaves() -> None:
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: torch.nn.Module, name: str) -> bool:
+            return m.__module__.startswith(("torch.nn", "handbook_src.layers"))
+
+    network = torch.nn.Sequential(BatchNorm2d(3).eval(), torch.nn.ReLU(), MaxPool2d(2), RMSNorm(4))
+    x = torch.randn(2, 3, 8, 8)
+    traced = torch.fx.GraphModule(network, Tracer().trace(network))
+    torch.testing.assert_close(traced(x), network(x), rtol=0, atol=0)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", *["call_module"] * 4, "output"]
 
 
 def test_the_address_of_the_repository_stands_in_one_place() -> None:
