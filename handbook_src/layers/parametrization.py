@@ -193,7 +193,8 @@ def spectral_norm(
         name: which of its parameters.
         n_power_iterations: steps of the power method each time the weight is used in training.
         eps: the smallest length divided by.
-        dim: the axis of the outputs; ``None`` is 0, and 1 for transposed convolutions.
+        dim: the axis of the outputs; ``None`` is 0, and 1 for transposed convolutions.  Torch's own
+            ``spectral_norm`` knows only torch's classes: give it ``dim=1`` for ours.
 
     Raises:
         ConfigError: no such parameter or axis, no iterations, ``eps`` not positive, or a weight of zeros.

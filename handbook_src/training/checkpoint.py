@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from handbook_src.errors import ConfigError, DataError
 from handbook_src.training.distributed import World
@@ -71,6 +71,10 @@ class Run:
 
 def _rate(group: int) -> str:
     return f"learning rate of group {group}"
+
+
+def _rates(rates: list[Any]) -> dict[str, str]:
+    return {_rate(i): repr(float(r)) for i, r in enumerate(rates)}
 
 
 def _settings(state: Any) -> dict[str, str]:
@@ -139,6 +143,10 @@ def load(path: str | Path, run: Run, world: World) -> None:
     # A run that goes on in the same process brings the rate that it had reached.
     now = {k: saved.get(k, v) if reached.get(k) == v else v for k, v in run.about.items()}
     _refuse_change(path, saved, now)
+    if isinstance(run.scheduler, LambdaLR):  # functions are not in the file: ask them for the rate reached
+        last, factors = state["scheduler"], run.scheduler.lr_lambdas
+        rates = [base * f(last["last_epoch"]) for base, f in zip(last["base_lrs"], factors, strict=True)]
+        _refuse_change(path, _rates(last["_last_lr"]), _rates(rates))
     if len(state["noise"]) != world.size:
         raise ConfigError(
             f"processes that resume {path}",

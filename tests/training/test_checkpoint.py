@@ -243,6 +243,16 @@ def test_another_schedule_rate_or_order_is_refused(tmp_path, change, values):
         two_groups(tmp_path / "run.pt", **(settings | change), steps=8)
 
 
+def test_another_function_of_the_step_is_refused_by_the_rate_that_it_gives(tmp_path):
+    def inverse(delay):
+        return lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (step + delay))
+
+    two_groups(tmp_path / "run.pt", schedule=inverse(1))
+    assert len(two_groups(tmp_path / "run.pt", schedule=inverse(1), steps=6)) == 6
+    with refuses(ConfigError, "learning rate of group 0", 0.01 / 8, 0.01 / 7, "resume=False"):
+        two_groups(tmp_path / "run.pt", schedule=inverse(2), steps=8)
+
+
 def test_schedules_of_schedules_are_compared_whole(tmp_path):
     def chain(total):
         kinds = torch.optim.lr_scheduler
