@@ -188,6 +188,8 @@ def check_probability(
     Raises:
         ConfigError: it is outside, NaN, a boolean or no number.
     """
+    if type(value) is float and 0 <= value < 1:
+        return
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not real or not (0 <= value < 1 or (value == 1 and not below_one)):
         interval = "[0, 1)" if below_one else "[0, 1]"
