@@ -19,10 +19,10 @@ PACKAGE = ROOT / "handbook_src"
 FUNCTION, FILE, KERNEL_FILE, CONSTRUCTOR = 40, 350, 400, 10
 
 #: Files whose tests stand under another name, and where.
-TESTED_ELSEWHERE = {"models/folder.py": "tests/models/test_gpt2.py"}
+TESTED_ELSEWHERE = {"models/transformers/folder.py": "tests/models/transformers/test_gpt2.py"}
 
 #: Constructors whose arguments are those of a torch class, one for one: fewer would not drop in.
-DROP_INS = {"layers/conv.py": "Conv2d", "layers/conv_transpose.py": "ConvTranspose2d"}
+DROP_INS = {"layers/convolution/conv.py": "Conv2d", "layers/convolution/conv_transpose.py": "ConvTranspose2d"}
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess:
@@ -138,7 +138,7 @@ def modules(*rooms: str) -> list[str]:
 
 @pytest.mark.parametrize("module", modules(*ROOMS))
 def test_a_topic_keeps_its_stem_in_the_tests(module):
-    """``layers/running_norm.py`` has ``tests/layers/test_running_norm.py``, or the topic's ``test_norm.py``."""
+    """``layers/normalisation/running_norm.py`` has ``tests/layers/normalisation/test_running_norm.py``, or the topic's ``test_norm.py``."""
     room, stem = Path(module).parent.name, Path(module).stem
     if module in TESTED_ELSEWHERE:
         assert (ROOT / TESTED_ELSEWHERE[module]).exists()
@@ -228,7 +228,7 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 heavy = {"transformers", "sklearn", "matplotlib", "tokenizers", "scipy", "IPython", "pandas"}
 assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)
-from handbook_src.functional.norm import rms_norm
+from handbook_src.functional.normalisation.norm import rms_norm
 rms_norm(torch.ones(2, 3), torch.ones(3))
 """
 

@@ -21,11 +21,11 @@ OLDER = {
 
 #: Products of matrices, for a batch and for a sample, in one piece and in parts.
 FILES = (
-    "functional/test_linear.py",
-    "layers/test_glu.py",
-    "layers/test_mlp.py",
-    "layers/test_attention.py",
-    "layers/test_grouped_query.py",
+    "functional/foundations/test_linear.py",
+    "layers/foundations/test_glu.py",
+    "layers/foundations/test_mlp.py",
+    "layers/attention/test_attention.py",
+    "layers/attention/test_grouped_query.py",
 )
 
 PROGRAM = """

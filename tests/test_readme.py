@@ -16,9 +16,9 @@ import torch.fx
 
 from handbook_src.catalogue import claims, components
 from handbook_src.catalogue.__main__ import run as catalogue
-from handbook_src.layers.norm import BatchNorm2d, RMSNorm
-from handbook_src.layers.pooling import MaxPool2d
-from handbook_src.models.gpt2 import GPT2, GPT2Config
+from handbook_src.layers.normalisation.norm import BatchNorm2d, RMSNorm
+from handbook_src.layers.pooling.pooling import MaxPool2d
+from handbook_src.models.transformers.gpt2 import GPT2, GPT2Config
 from handbook_src.publish import command as press
 
 ROOT = Path(__file__).resolve().parents[1]

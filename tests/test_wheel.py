@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import torch
 import handbook_src
-from handbook_src.layers.norm import RMSNorm
+from handbook_src.layers.normalisation.norm import RMSNorm
 
 norm = RMSNorm(8)
 x = torch.randn(2, 3, 8, requires_grad=True)

@@ -21,8 +21,8 @@ from heapq import heapify, heappop, heappush
 from itertools import groupby, pairwise
 from typing import Any, final
 
+from handbook_src.check import check_size
 from handbook_src.errors import ConfigError, DataError
-from handbook_src.functional.check import check_size
 
 Pair = tuple[int, int]
 #: GPT-2 writes each byte as a visible character: these as themselves, the others from 256 on.

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
+from handbook_src.check import check_positive, check_size
 from handbook_src.data.bpe import BPE, check_text, tokenizers_library
 from handbook_src.errors import ConfigError, DataError, ShapeError
-from handbook_src.functional.check import check_positive, check_size
 
 END_OF_TEXT = "<|endoftext|>"
 #: About four paragraphs; the split deals pieces of this many characters.
@@ -104,7 +104,7 @@ def train_bpe(text: str, vocab_size: int = 1024, *, cache: str | Path | None = N
 
     Every byte is in the vocabulary, so nothing is unknown and decoding gives back the
     text exactly. Training is deterministic; a second for this book's text. The merges are
-    learned by :class:`handbook_src.data.bpe.BPE`.
+    learned by :class:`handbook_src.data.BPE`.
 
     Args:
         text: what the merges are counted on; never the held-out part.

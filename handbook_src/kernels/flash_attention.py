@@ -205,7 +205,7 @@ def flash_attention_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output, ``b t h c``, and the log of the softmax's denominator, ``b h t``, both differentiable.
 
-    :func:`handbook_src.functional.flash_attention.flash_attention` checks what the user passes; here only what the
+    :func:`handbook_src.functional.flash_attention` checks what the user passes; here only what the
     kernel would read wrongly is refused.
 
     Args:

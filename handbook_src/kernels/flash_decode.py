@@ -158,7 +158,7 @@ def paged_decode_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output, ``b h c``, and the log-sum-exp, ``b h``.
 
-    :func:`handbook_src.functional.flash_decode.paged_decode_attention` checks what the user passes.
+    :func:`handbook_src.functional.paged_decode_attention` checks what the user passes.
 
     Args:
         q: ``b h e``, the newest position of each sequence.

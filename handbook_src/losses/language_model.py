@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.cross_entropy import cross_entropy
+from handbook_src.functional.losses.cross_entropy import cross_entropy
 
 Reduction = Literal["mean", "sum", "none"]
 

@@ -7,8 +7,9 @@ import math
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from handbook_src.check import check_size
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.cross_entropy import cross_entropy
+from handbook_src.functional.losses.cross_entropy import cross_entropy
 
 
 def perplexity(logits: Float[Tensor, "*lead v"], targets: Int[Tensor, "*lead"], *, ignore_index: int = -100) -> float:
@@ -110,8 +111,5 @@ class Perplexity:
 
     def bits_per_byte(self, text_bytes: int) -> float:
         """Return the bits spent a byte of the text: the same scale for every tokenizer."""
-        if text_bytes < 1:
-            raise ConfigError(
-                "Perplexity.bits_per_byte", got=text_bytes, want="at least 1", remedy="Pass len(text.encode())."
-            )
+        check_size("Perplexity.bits_per_byte", "text_bytes", text_bytes)  # len(text.encode())
         return self.entropy(2.0) * self.tokens / text_bytes

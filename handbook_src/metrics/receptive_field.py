@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from handbook_src.check import as_tuple
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import as_tuple
-from handbook_src.functional.conv_input import (
+from handbook_src.functional.convolution.conv_input import (
     Geometry,
     check_border,
     check_sizes,

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from handbook_src.check import check_size
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.check import check_size
 
 
 def recall_at_k(relevant: Bool[Tensor, "q r"], k: int) -> float:

@@ -19,7 +19,7 @@ def sizes(normalised: bool, seed: int = 0) -> list[list[float]]:
     """log10 of the activations' sizes, one list a layer, in a net as torch initialises it."""
     import torch
 
-    from handbook_src.functional.norm import rms_norm
+    from handbook_src.functional.normalisation.norm import rms_norm
 
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(BATCH, WIDTH, generator=generator)

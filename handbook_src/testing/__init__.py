@@ -1,7 +1,7 @@
 """Proof tools: parity with an oracle, laws, refusals, toy tasks, and an honest bench.
 
-Timing and toy tasks stand in :mod:`handbook_src.testing.bench` and
-:mod:`handbook_src.testing.tasks`, reference libraries in :mod:`handbook_src.testing.oracle`.
+Timing and toy tasks stand in :mod:`handbook_src.bench.bench` and
+:mod:`handbook_src.data.tasks`, reference libraries in :mod:`handbook_src.testing.oracle`.
 Used by ``tests/``, by the chapters' proof cells and by the workshop ``kernels/``;
 the house itself never imports this room.
 """

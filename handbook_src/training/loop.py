@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from handbook_src.check import check_positive, check_size
 from handbook_src.errors import ConfigError, Diverged
-from handbook_src.functional.check import check_positive, check_size
-from handbook_src.layers.mode import modes_kept
+from handbook_src.mode import modes_kept
 from handbook_src.training.checkpoint import Run, load, rng_state, save, set_rng_state
 from handbook_src.training.distributed import World, join
 from handbook_src.training.history import History

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from handbook_src.bench.workshop import Maker, Run, Workshop
 from handbook_src.dispatch import Backend
-from handbook_src.functional.cross_entropy import cross_entropy
-from handbook_src.testing.workshop import Maker, Run, Workshop
+from handbook_src.functional.losses.cross_entropy import cross_entropy
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from handbook_src.functional.flash_attention import flash_attention
-from handbook_src.functional.flash_decode import paged_decode_attention
-from handbook_src.functional.mask import causal, window
-from handbook_src.testing.bench import Row, bench, device_stamp, write_csv
+from handbook_src.bench.bench import Row, bench, device_stamp, write_csv
+from handbook_src.bench.workshop import ALLOWED, ceilings
+from handbook_src.functional.attention.flash_attention import flash_attention
+from handbook_src.functional.attention.flash_decode import paged_decode_attention
+from handbook_src.functional.attention.mask import causal, window
 from handbook_src.testing.parity import relative_error
-from handbook_src.testing.workshop import ALLOWED, ceilings
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SDPA = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}

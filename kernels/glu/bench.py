@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from handbook_src.bench.workshop import Maker, Run, Workshop
 from handbook_src.dispatch import Backend
-from handbook_src.functional.glu import gated
-from handbook_src.testing.workshop import Maker, Run, Workshop
+from handbook_src.functional.foundations.glu import gated
 
 
 @dataclass(frozen=True)

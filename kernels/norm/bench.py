@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handbook_src.functional.add_norm import dropout_add_layer_norm, dropout_add_rms_norm
-from handbook_src.functional.norm import layer_norm, rms_norm
-from handbook_src.testing.workshop import Run, Workshop
+from handbook_src.bench.workshop import Run, Workshop
+from handbook_src.functional.normalisation.add_norm import dropout_add_layer_norm, dropout_add_rms_norm
+from handbook_src.functional.normalisation.norm import layer_norm, rms_norm
 
 
 @dataclass(frozen=True)

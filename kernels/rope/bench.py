@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from handbook_src.bench.workshop import Maker, Run, Workshop
 from handbook_src.dispatch import Backend
-from handbook_src.functional.rope import apply_rope, rope_cos_sin, rope_frequencies
-from handbook_src.testing.workshop import Maker, Run, Workshop
+from handbook_src.functional.positions.rope import apply_rope, rope_cos_sin, rope_frequencies
 
 
 @dataclass(frozen=True)

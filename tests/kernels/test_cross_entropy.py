@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from handbook_src.errors import KernelUnavailable, ShapeError
-from handbook_src.functional.cross_entropy import cross_entropy
+from handbook_src.functional.losses.cross_entropy import cross_entropy
 from handbook_src.kernels import cross_entropy as kernels
 from handbook_src.kernels.cross_entropy import cross_entropy_triton
 from handbook_src.testing import refuses, relative_error

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from handbook_src.errors import KernelUnavailable, ShapeError
-from handbook_src.functional.flash_attention import flash_attention, flash_attention_varlen
+from handbook_src.functional.attention.flash_attention import flash_attention, flash_attention_varlen
 from handbook_src.kernels import flash_attention as forward
 from handbook_src.kernels import flash_attention_backward as backward
 from handbook_src.kernels import flash_attention_tile as tiles

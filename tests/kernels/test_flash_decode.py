@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from handbook_src.errors import KernelUnavailable, ShapeError
-from handbook_src.functional.flash_decode import paged_decode_attention
+from handbook_src.functional.attention.flash_decode import paged_decode_attention
 from handbook_src.kernels import flash_decode as kernels
 from handbook_src.testing import refuses, relative_error
 

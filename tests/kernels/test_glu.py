@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from handbook_src.errors import ConfigError, KernelUnavailable, ShapeError
-from handbook_src.functional.glu import gated
-from handbook_src.functional.glu import glu as halved
+from handbook_src.functional.foundations.glu import gated
+from handbook_src.functional.foundations.glu import glu as halved
 from handbook_src.kernels import glu
 from handbook_src.testing import refuses, relative_error
 

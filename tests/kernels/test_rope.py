@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from handbook_src.errors import KernelUnavailable, ShapeError
-from handbook_src.functional.rope import apply_rope, rope_cos_sin, rope_frequencies
+from handbook_src.functional.positions.rope import apply_rope, rope_cos_sin, rope_frequencies
 from handbook_src.kernels import rope
 from handbook_src.kernels.rope import rope_triton
 from handbook_src.testing import refuses, relative_error

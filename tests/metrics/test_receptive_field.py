@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.functional.conv import output_size
-from handbook_src.layers import conv as ours
-from handbook_src.layers import pooling
-from handbook_src.layers.conv_transpose import ConvTranspose1d, ConvTranspose2d
-from handbook_src.layers.deformable_conv import DeformConv2d
+from handbook_src.functional.convolution.conv import output_size
+from handbook_src.layers.convolution import conv as ours
+from handbook_src.layers.convolution.conv_transpose import ConvTranspose1d, ConvTranspose2d
+from handbook_src.layers.convolution.deformable_conv import DeformConv2d
+from handbook_src.layers.pooling import pooling
 from handbook_src.metrics.receptive_field import gradient_support, receptive_field
 from handbook_src.testing import oracle, refuses
 

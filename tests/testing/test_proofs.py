@@ -136,7 +136,7 @@ def test_refuses_wants_the_value_in_the_message():
 
 
 def test_the_shape_checker_is_on_and_can_be_switched_off():
-    from handbook_src.testing.tasks import accuracy
+    from handbook_src.data.tasks import accuracy
 
     flat, targets = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
     with pytest.raises(Exception, match="targets"):

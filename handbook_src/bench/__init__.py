@@ -1,0 +1,1 @@
+"""Measuring: interleaved timings, races at equal budget, the workshop of the kernels."""
