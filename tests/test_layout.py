@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -14,12 +15,24 @@ import jupytext
 import pytest
 import torch
 
+from handbook_src.catalogue.table import PARTS, components
+from handbook_src.publish.fingerprint import public_face
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "handbook_src"
 FUNCTION, FILE, KERNEL_FILE, CONSTRUCTOR = 40, 350, 400, 10
 
 #: Files whose tests stand under another name, and where.
 TESTED_ELSEWHERE = {"models/transformers/folder.py": "tests/models/transformers/test_gpt2.py"}
+
+#: Floors whose files stand in the folder of their part, and which other parts each part may use.
+FLOORS = ("functional", "layers", "models")
+MAY_USE = {
+    "attention": {"compression", "foundations", "normalisation", "positions"},
+    "cnn": {"convolution", "normalisation"},
+    "embeddings": {"attention", "convolution", "foundations", "normalisation", "transformers"},
+    "transformers": {"attention", "foundations", "normalisation"},
+}
 
 #: Constructors whose arguments are those of a torch class, one for one: fewer would not drop in.
 DROP_INS = {"layers/convolution/conv.py": "Conv2d", "layers/convolution/conv_transpose.py": "ConvTranspose2d"}
@@ -132,21 +145,50 @@ ROOMS = ("kernels", "functional", "layers", "losses", "optim", "metrics", "data"
 
 
 def modules(*rooms: str) -> list[str]:
-    found = [p for room in rooms for p in sorted((PACKAGE / room).glob("*.py")) if p.stem != "__init__"]
+    found = [p for room in rooms for p in sorted((PACKAGE / room).rglob("*.py")) if p.stem != "__init__"]
     return [p.relative_to(PACKAGE).as_posix() for p in found]
 
 
 @pytest.mark.parametrize("module", modules(*ROOMS))
-def test_a_topic_keeps_its_stem_in_the_tests(module):
-    """``layers/normalisation/running_norm.py`` has ``tests/layers/normalisation/test_running_norm.py``, or the topic's ``test_norm.py``."""
-    room, stem = Path(module).parent.name, Path(module).stem
+def test_a_topic_keeps_its_address_in_the_tests(module):
+    """``layers/pooling/random_pooling.py``: ``tests/layers/pooling/test_random_pooling.py`` or ``test_pooling.py``."""
+    folder, stem = Path(module).parent, Path(module).stem
     if module in TESTED_ELSEWHERE:
         assert (ROOT / TESTED_ELSEWHERE[module]).exists()
         return
     words = stem.strip("_").split("_")
     spans = {"_".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
-    wanted = [ROOT / "tests" / room / f"test_{span}.py" for span in spans]
-    assert any(p.exists() for p in wanted), f"no tests/{room}/test_{stem}.py"
+    wanted = [ROOT / "tests" / folder / f"test_{span}.py" for span in spans]
+    assert any(p.exists() for p in wanted), f"no tests/{folder}/test_{stem}.py"
+
+
+def test_every_topic_stands_in_the_folder_of_a_part():
+    """``<floor>/<part>/<topic>.py``; the folders are the parts of the catalogue."""
+    places = [Path(m) for m in modules(*FLOORS)]
+    assert not [str(p) for p in places if len(p.parts) != 3 or p.parts[1] not in PARTS]
+    assert {c.part for c in components()} <= set(PARTS)
+
+
+def test_a_part_uses_only_the_parts_that_it_may():
+    wrong = []
+    for module in modules(*FLOORS):
+        part = Path(module).parts[1]
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text("utf8"))):
+            where = (node.module or "").split(".") if isinstance(node, ast.ImportFrom) else []
+            if len(where) > 2 and where[1] in FLOORS and where[2] not in {part, *MAY_USE.get(part, ())}:
+                wrong.append(f"{module}:{node.lineno}: {part} may not use {where[2]}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("room", ["data", "functional", "layers", "losses", "metrics", "models", "training"])
+def test_the_public_face_hands_out_every_name(room):
+    """Also in ``dir()``, and a function wins over the module of its name, in whatever order they are imported."""
+    face = public_face(PACKAGE / room)
+    package = importlib.import_module(f"handbook_src.{room}")
+    assert sorted(face) == package.__all__ == dir(package)
+    for name, file in face.items():
+        importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        assert not inspect.ismodule(getattr(package, name)), name
 
 
 def test_the_workshop_shadows_nobody():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from handbook_src.catalogue.ledger import find_stage, judged, ledger, staged
-from handbook_src.catalogue.table import STATUSES, Component, components, fold
+from handbook_src.catalogue.table import PARTS, STATUSES, Component, components, fold
 from handbook_src.errors import ConfigError, HandbookError
 
 
@@ -46,14 +46,15 @@ def chosen(part: str | None, status: str | None) -> list[Component]:
     """
     rows = components()
     if part is not None:
-        known = list(dict.fromkeys(c.part for c in rows))
+        known = list(dict.fromkeys(c.part_name for c in rows))
         name = fold(part)
         match = [p for p in known if fold(p) == name] or [p for p in known if name and name in fold(p)]
+        match = match or [PARTS[p] for p in PARTS if fold(p) == name]
         if not match:
             raise ConfigError(
                 "--part", got=repr(part), want="a part of the book", remedy=f"One of: {'; '.join(known)}."
             )
-        rows = [c for c in rows if c.part in match]
+        rows = [c for c in rows if c.part_name in match]
     return [c for c in rows if status in (None, c.status)]
 
 
@@ -61,8 +62,8 @@ def listing(rows: Sequence[Component]) -> str:
     """The rows by part, and how many of them are published."""
     width = max((len(c.id) for c in rows), default=0)
     lines: list[str] = []
-    for part in dict.fromkeys(c.part for c in rows):
-        members = [c for c in rows if c.part == part]
+    for part in dict.fromkeys(c.part_name for c in rows):
+        members = [c for c in rows if c.part_name == part]
         done = sum(c.status == "published" for c in members)
         lines += [f"{part} ({done} of {len(members)} published)"]
         lines += [f"  {'*' if c.status == 'published' else ' '} {c.id:<{width}}  {c.title}" for c in members] + [""]

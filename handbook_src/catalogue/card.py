@@ -44,7 +44,7 @@ def card(name: str) -> str:
 
 def _heading(row: Component) -> str:
     title = f"{row.id} - {row.title}"
-    return f"{title}\n{row.part}, {row.status}\n"
+    return f"{title}\n{row.part_name}, {row.status}\n"
 
 
 def _asked(row: Component, name: str) -> list[str]:

@@ -66,7 +66,10 @@ def _tree(file: Path) -> ast.Module:
 
 
 def _module_file(name: str) -> Path | None:
-    """The file of a module, found on disk: ``find_spec`` would import what stands around it."""
+    """The file of a module, found on disk: ``find_spec`` would import what stands around it.
+
+    Of a room with a public face it is the stub, which says where each name comes from.
+    """
     top, *inner = name.split(".")
     spec = importlib.util.find_spec(top) if top else None
     if spec is None or not spec.origin:
@@ -75,6 +78,9 @@ def _module_file(name: str) -> Path | None:
     if inner:
         base = base.parent.joinpath(*inner)
         base = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    stub = base.with_name("__init__.pyi")
+    if base.name == "__init__.py" and stub.is_file():
+        return stub
     return base if base.suffix == ".py" and base.is_file() else None
 
 
@@ -90,7 +96,7 @@ def _definition(path: str) -> tuple[str, Path, Definition] | None:
     for node in _tree(file).body:
         if isinstance(node, Definition) and node.name == name:
             return module, file, node
-    target = _imported(name, file)
+    target = _imported(name, module, file)
     return _definition(target) if target and target != path else None
 
 
@@ -109,13 +115,13 @@ def _member(outer: tuple[str, Path, Definition], name: str) -> tuple[str, Path, 
     return None
 
 
-def _imported(name: str, file: Path) -> str | None:
+def _imported(name: str, module: str, file: Path) -> str | None:
     """Where ``name`` comes from, if the file imports it by name."""
     for node in ast.walk(_tree(file)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+        if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
-                    return f"{node.module}.{alias.name}"
+                    return f"{module}.{node.module}.{alias.name}" if node.level else f"{node.module}.{alias.name}"
     return None
 
 
@@ -126,7 +132,7 @@ def _resolve(name: str, module: str, file: Path) -> str | None:
     head, _, rest = name.partition(".")
     if any(isinstance(n, Definition) and n.name == head for n in _tree(file).body):
         return f"{module}.{name}"
-    target = _imported(head, file)
+    target = _imported(head, module, file)
     return ".".join(filter(None, [target, rest])) if target and target.startswith("handbook_src") else None
 
 

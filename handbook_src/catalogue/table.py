@@ -14,6 +14,39 @@ from handbook_src.errors import ConfigError, DataError
 
 HERE = Path(__file__).parent
 STATUSES = ("published", "planned")
+#: The parts of the book: the folder that each has on every floor, and its name.
+PARTS = {
+    "foundations": "foundations",
+    "activations": "activations",
+    "normalisation": "normalisation",
+    "pooling": "pooling",
+    "convolution": "convolution",
+    "cnn": "conv blocks and CNN zoo",
+    "recurrent": "recurrent and convolutional sequences",
+    "state_space": "state space and linear-time mixers",
+    "attention": "attention",
+    "positions": "positions",
+    "embeddings": "embeddings",
+    "transformers": "transformers",
+    "reasoning": "reasoning models",
+    "optim": "optimisers",
+    "losses": "losses",
+    "regularisation": "regularisation",
+    "graphs": "graphs",
+    "spiking": "spiking and brain-inspired",
+    "continuous": "continuous-time",
+    "algebras": "other algebras and function families",
+    "generative": "generative",
+    "meta": "meta, few-shot, continual, NAS",
+    "perception": "perception",
+    "compression": "peft and compression",
+    "scale": "scale",
+    "practice": "metrics, monitoring, practice",
+    "minds": "agents and mind models",
+    "safety": "safety",
+    "time_series": "time series",
+    "robustness": "robustness and privacy",
+}
 
 Row = TypeVar("Row", "Component", "Claim")
 
@@ -22,8 +55,8 @@ Row = TypeVar("Row", "Component", "Claim")
 class Component:
     """One component: what it is called, where it lives, what proves it.
 
-    ``object`` is a dotted import path and ``chapter`` a page without its suffix;
-    both may be empty while ``status`` is ``planned``.
+    ``part`` is a folder of :data:`PARTS`, ``object`` the public import path and ``chapter``
+    a page without its suffix; both may be empty while ``status`` is ``planned``.
     """
 
     id: str
@@ -39,6 +72,11 @@ class Component:
     def as_dict(self) -> dict[str, Any]:
         """The row with plain lists, as JSON takes it."""
         return {**asdict(self), "synonyms": list(self.synonyms)}
+
+    @property
+    def part_name(self) -> str:
+        """The part in words."""
+        return PARTS[self.part]
 
     @property
     def names(self) -> tuple[str, ...]:

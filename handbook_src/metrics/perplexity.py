@@ -7,7 +7,6 @@ import math
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from handbook_src.check import check_size
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.losses.cross_entropy import cross_entropy
 
@@ -111,5 +110,8 @@ class Perplexity:
 
     def bits_per_byte(self, text_bytes: int) -> float:
         """Return the bits spent a byte of the text: the same scale for every tokenizer."""
-        check_size("Perplexity.bits_per_byte", "text_bytes", text_bytes)  # len(text.encode())
+        if text_bytes < 1:
+            raise ConfigError(
+                "Perplexity.bits_per_byte", got=text_bytes, want="at least 1", remedy="Pass len(text.encode())."
+            )
         return self.entropy(2.0) * self.tokens / text_bytes

@@ -118,19 +118,13 @@ class Fingerprints:
         return self._resolved[name]
 
     def _files_of(self, name: str) -> list[Path]:
-        """The file of a dotted name; of a name that a package hands out lazily, all of the package."""
+        """The file of a dotted name; a public name leads to the file behind it, ``room.*`` to all of them."""
         base = self.book.root.joinpath(*name.split("."))
-        for path in (base.with_suffix(".py"), base / "__init__.py"):
-            if path.exists():
-                return [path]
-        package = base.parent / "__init__.py"
-        if (
-            base.parent != self.book.root / PACKAGE
-            and package.exists()
-            and "def __getattr__" in package.read_text("utf8")
-        ):
-            return sorted(base.parent.glob("*.py"))
-        return []
+        face = public_face(base.parent)
+        if base.name == "*":
+            return sorted(set(face.values()))
+        paths = (face.get(base.name), base.with_suffix(".py"), base / "__init__.py")
+        return [p for p in paths if p is not None and p.exists()][:1]
 
     def imports(self, path: Path) -> set[str]:
         if path not in self._imports:
@@ -141,7 +135,7 @@ class Fingerprints:
     def data_in(self, folder: Path) -> list[Path]:
         if folder not in self._beside:
             tables = [self.book.root / table for table in TABLES]
-            others = {".py", ".pyc", ".md", ".part"}
+            others = {".py", ".pyi", ".pyc", ".md", ".part"}
             found = [p for p in folder.iterdir() if p.suffix not in others and p.is_file() and p not in tables]
             self._beside[folder] = found
         return self._beside[folder]
@@ -181,21 +175,34 @@ def parsed(sources: Iterable[str]) -> Iterator[ast.AST]:
 
 
 def names_in(tree: ast.AST, here: str = "") -> set[str]:
-    """Dotted names of the package that a syntax tree imports, touches or spells out."""
+    """Dotted names of the package that a syntax tree imports, touches or spells out; ``room.*`` is all of a room."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            found |= {f"{a.name}.*" if a.asname else a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 base = ".".join([*here.split(".")[: -node.level], *filter(None, [base])])
-            found |= {base} | {f"{base}.{a.name}" for a in node.names}
+            found |= {base} | {f"{base}.{a.name}{end}" for a in node.names for end in ("", ".*")}
         elif isinstance(node, ast.Attribute):
             found.add(_chain(node))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)  # importlib.import_module("handbook_src....")
-    return {n for n in found if re.fullmatch(rf"{PACKAGE}(\.\w+)*", n)}
+    return {n for n in found if re.fullmatch(rf"{PACKAGE}(\.\w+)*(\.\*)?", n)}
+
+
+@cache
+def public_face(package: Path) -> dict[str, Path]:
+    """The names that ``__init__.pyi`` hands out, each with the file that defines it."""
+    stub = package / "__init__.pyi"
+    lines = ast.parse(stub.read_text("utf8")).body if stub.exists() else []
+    return {
+        name.name: package.joinpath(*(line.module or "").split(".")).with_suffix(".py")
+        for line in lines
+        if isinstance(line, ast.ImportFrom)
+        for name in line.names
+    }
 
 
 @cache

@@ -32,11 +32,6 @@ from handbook_src.catalogue.table import Component
 SIGNS = {"open": "○", "holds": "✓", "fails": "✗", "depends": "◐", "no evidence": "∅"}
 
 
-def part_slug(part: str) -> str:
-    """The anchor of a part: ``conv blocks and CNN zoo`` gives ``conv-blocks-and-cnn-zoo``."""
-    return "-".join("".join(c if c.isalnum() else " " for c in part.lower()).split())
-
-
 def tag(word: str, kind: str) -> nodes.inline:
     """A small label such as ``published`` or ``holds``, styled by its class."""
     slug = word.replace(" ", "-")
@@ -114,7 +109,7 @@ class Components(CataloguePage):
         self.note_tables()
         heads = [("Component", "name"), ("Part", "part filter"), ("Status", "status filter"), ("Oracle", "oracle")]
         rows: list[Row] = [
-            (f"component-{c.id}", [], [self.names(c), [paragraph(c.part)], self.status(c), [paragraph(c.oracle)]])
+            (f"component-{c.id}", [], [self.names(c), [paragraph(c.part_name)], self.status(c), [paragraph(c.oracle)]])
             for c in catalogue.components()
         ]
         return [build_table(heads, rows)]
@@ -217,10 +212,10 @@ class Map(CataloguePage):
     def run(self) -> list[nodes.Node]:
         self.note_tables()
         rows = catalogue.components()
-        done = Counter(c.part for c in rows if c.status == "published")
+        done = Counter(c.part_name for c in rows if c.status == "published")
         parts: dict[str, list[Component]] = {}
         for c in rows:
-            parts.setdefault(c.part, []).append(c)
+            parts.setdefault(c.part_name, []).append(c)
         items = "".join(self.part(name, members, done[name]) for name, members in parts.items())
         return [nodes.raw("", f'<ul class="handbook-map">{items}</ul>', format="html")]
 

@@ -1,7 +1,8 @@
-"""One readable loop: progress bar, monitor, checkpoint and resume, ready for ``torchrun``."""
+"""One readable loop: progress bar, monitor, checkpoint and resume, ready for ``torchrun``.
 
-from handbook_src.training.distributed import local_device
-from handbook_src.training.history import History
-from handbook_src.training.loop import train
+The public names stand in ``__init__.pyi``, each with its file; a file is loaded when its name is first used.
+"""
 
-__all__ = ["History", "local_device", "train"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -31,7 +31,7 @@ def test_rows_are_filled() -> None:
         assert c.status in STATUSES, c.id
         assert not c.chapter.endswith(".md"), c.id
         assert all(v == v.strip() for v in (c.title, c.object, c.chapter, c.oracle, c.source)), c.id
-    assert len({c.part for c in components()}) == 29
+    assert len({c.part for c in components()}) == 30
 
 
 def test_sources_have_one_form() -> None:

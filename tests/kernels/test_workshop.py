@@ -14,8 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from handbook_src.bench import workshop
 from handbook_src.bench.workshop import Workshop
-from handbook_src.testing import workshop
 
 WORKSHOP = Path(__file__).resolve().parents[2] / "kernels"
 KERNELS = ("norm", "glu", "cross_entropy", "rope")

@@ -84,9 +84,27 @@ def test_every_way_to_import_counts(house, cell):
     assert changes(house, "handbook_src/functional/norm.py", cell)
 
 
-def test_a_name_that_a_package_hands_out_lazily_counts_all_of_the_package(house):
-    house.write("handbook_src/layers/__init__.py", "def __getattr__(name): ...\n")
-    assert changes(house, "handbook_src/layers/other.py", "from handbook_src.layers import Norm")
+@pytest.fixture
+def public(house):
+    house.write("handbook_src/layers/__init__.pyi", "from .norm import Norm as Norm\nfrom .other import norm as norm\n")
+    fingerprint.public_face.cache_clear()
+    return house
+
+
+def test_a_public_name_counts_the_one_file_behind_it(public):
+    for cell in ("from handbook_src.layers import Norm", "import handbook_src\nhandbook_src.layers.Norm()"):
+        assert changes(public, "handbook_src/layers/norm.py", cell)
+        assert not changes(public, "handbook_src/layers/other.py", cell)
+        assert not changes(public, "handbook_src/layers/__init__.pyi", cell)
+
+
+def test_a_room_taken_as_a_whole_counts_every_file_behind_its_face(public):
+    for cell in ("from handbook_src import layers\nlayers.Norm()", "import handbook_src.layers as L\nL.Norm()"):
+        assert changes(public, "handbook_src/layers/other.py", cell)
+
+
+def test_a_function_with_its_modules_name_is_the_public_one(public):
+    assert changes(public, "handbook_src/layers/other.py", "from handbook_src.layers import norm")
 
 
 def test_files_that_the_code_names_count(house):

@@ -1,7 +1,8 @@
 """Exact attention without the matrix of scores, with what today's models add to it: for batches and packed sequences.
 
-:mod:`handbook_src.functional.attention.flash_tiles` is the algorithm to read, ``handbook_src.kernels.flash_attention`` the
-kernels, :mod:`handbook_src.functional.attention.flash_decode` one new query over a paged cache.
+:mod:`handbook_src.functional.attention.flash_tiles` is the algorithm to read,
+``handbook_src.kernels.flash_attention`` the kernels,
+:mod:`handbook_src.functional.attention.flash_decode` one new query over a paged cache.
 """
 
 from __future__ import annotations

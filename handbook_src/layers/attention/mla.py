@@ -224,7 +224,8 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """Attend from ``x`` to ``x``, and to what the cache holds.
 
-        A cache of :mod:`handbook_src.layers.attention.kv_cache` serves as well: latents are its keys, rotary keys its values.
+        A cache of :mod:`handbook_src.layers.attention.kv_cache` serves as well: latents are its keys,
+        rotary keys its values.
         """
         check_input("MultiHeadLatentAttention", x, self.kv_a_proj_with_mqa)
         check_rank("MultiHeadLatentAttention", x, (3,), "(batch, time, features)")

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from handbook_src.check import check_size
 from handbook_src.errors import ConfigError
 from handbook_src.functional.normalisation import parametrization as maths
 from handbook_src.functional.normalisation.norm_input import check_eps
@@ -100,7 +99,13 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12) -> None:
         super().__init__()
         check_eps("spectral_norm", eps)
-        check_size("spectral_norm", "n_power_iterations", n_power_iterations)  # .eval() stops iterating
+        if n_power_iterations < 1:
+            raise ConfigError(
+                "spectral_norm n_power_iterations",
+                got=n_power_iterations,
+                want="at least 1",
+                remedy="One step a forward pass is the paper's choice; call .eval() to stop iterating.",
+            )
         if not weight.detach().any():
             raise ConfigError(
                 "spectral_norm weight",

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from handbook_src.check import check_size
 from handbook_src.errors import ConfigError, ShapeError
 from handbook_src.functional.attention.mask import Mask, anticausal, causal, full
 from handbook_src.layers.attention.attention import SelfAttention
@@ -48,7 +47,8 @@ def oscillating(depth: int, cycle: Sequence[Direction] = ("bidirectional", "forw
         The handbook's source document, without a paper; the parts are the masks of
         Vaswani et al. 2017, section 3.2.3, arXiv:1706.03762
     """
-    check_size("oscillating", "depth", depth)
+    if depth < 1:
+        raise ConfigError("depth", got=depth, want="at least 1 layer", remedy="Give a positive depth.")
     unknown = [d for d in cycle if d not in RULES]
     if unknown or not cycle:
         raise ConfigError("directions", got=unknown or "none", want=f"some of {list(RULES)}", remedy="Name them.")

@@ -1,0 +1,16 @@
+from .bpe import BPE as BPE
+from .digits import Digits as Digits
+from .digits import digits as digits
+from .tasks import AssociativeRecall as AssociativeRecall
+from .tasks import Bits as Bits
+from .tasks import Copy as Copy
+from .tasks import MaskedToken as MaskedToken
+from .tasks import accuracy as accuracy
+from .text import Corpus as Corpus
+from .text import bigram_entropy as bigram_entropy
+from .text import bits_per_byte as bits_per_byte
+from .text import documentation as documentation
+from .text import documentation_text as documentation_text
+from .text import split_text as split_text
+from .text import train_bpe as train_bpe
+from .text import unigram_entropy as unigram_entropy

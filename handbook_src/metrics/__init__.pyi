@@ -1,0 +1,10 @@
+from .cost import Cost as Cost
+from .cost import cost as cost
+from .memory import peak_bytes as peak_bytes
+from .perplexity import Perplexity as Perplexity
+from .perplexity import perplexity as perplexity
+from .receptive_field import gradient_support as gradient_support
+from .receptive_field import receptive_field as receptive_field
+from .retrieval import mean_reciprocal_rank as mean_reciprocal_rank
+from .retrieval import recall_at_k as recall_at_k
+from .retrieval import reciprocal_ranks as reciprocal_ranks

@@ -1,0 +1,16 @@
+from .attention.knn_lm import Datastore as Datastore
+from .attention.knn_lm import KNNLanguageModel as KNNLanguageModel
+from .attention.oscillating import MaskedEncoder as MaskedEncoder
+from .attention.oscillating import oscillating as oscillating
+from .attention.rag import RAG as RAG
+from .attention.rag import Answer as Answer
+from .attention.rag import CopyGenerator as CopyGenerator
+from .attention.retrieval import BM25 as BM25
+from .attention.retrieval import DenseRetriever as DenseRetriever
+from .attention.retrieval import Passage as Passage
+from .attention.retrieval import split_markdown as split_markdown
+from .embeddings.sentence_encoder import SentenceEncoder as SentenceEncoder
+from .embeddings.sentence_encoder import SentenceEncoderConfig as SentenceEncoderConfig
+from .transformers.generation import generate as generate
+from .transformers.gpt2 import GPT2 as GPT2
+from .transformers.gpt2 import GPT2Config as GPT2Config
