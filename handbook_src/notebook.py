@@ -161,12 +161,18 @@ def claim(id: str, verdict: str | Judgement, figures: Mapping[str, Any] | None =
     shown = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in figures.items()}
     pairs = [[k, v] for k, v in shown.items()]  # nbformat sorts the keys of a mapping
     record = {"id": id, "verdict": verdict, "figures": pairs, "because": because}
+    row = rows[id]
+    name = f'<a href="{escape(row.link)}">{escape(row.source)}</a>' if row.link else escape(row.source)
+    words = f": “{row.quote}”" if row.quote else ""
     items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in shown.items())
     css = verdict.replace(" ", "-")
     html = (
         f'<div class="handbook-claim handbook-claim-{css}" id="claim-{escape(id)}">'
-        f'<p><strong class="verdict">{escape(verdict)}</strong> {escape(rows[id].claim)}</p>'
+        f'<p><strong class="verdict">{escape(verdict)}</strong> {escape(row.claim)}</p>'
+        f'<p class="origin">Where it stands: {name}{escape(words)}</p>'
         f"<p>{escape(because)}</p><dl>{items}</dl></div>"
     )
-    plain = f"{verdict}: {rows[id].claim}\n{because}\n" + ", ".join(f"{k} {v}" for k, v in shown.items())
+    plain = f"{verdict}: {row.claim}\n{row.source}{words}\n{because}\n" + ", ".join(
+        f"{k} {v}" for k, v in shown.items()
+    )
     display({CLAIM_TYPE: record, "text/html": html, "text/plain": plain}, raw=True)

@@ -125,6 +125,14 @@ def test_a_claim_shows_verdict_figures_and_reason(shell):
         "id": row.id, "verdict": "no evidence", "figures": [["gap", "0.123"]], "because": "The spread is wider.",
     }  # fmt: skip
     assert re.search(r'class="[^"]*no-evidence', data["text/html"])
+    assert f'<a href="{row.link}">{row.source}</a>: “{row.quote}”' in data["text/html"]
+    assert f"{row.source}: “{row.quote}”" in data["text/plain"]
+
+
+def test_a_claim_of_ours_is_not_shown_as_literature(shell):
+    row = next(c for c in claims() if not c.link)
+    (data,) = shown(lambda: notebook.claim(row.id, "holds", {"gap": 1}, "It is so."))
+    assert '<p class="origin">Where it stands: from the source documents</p>' in data["text/html"]
 
 
 def test_a_judgement_brings_its_figures_and_an_open_one_settles_nothing(shell):

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         "--json",
         action="store_true",
         default=argparse.SUPPRESS,  # else it would undo a --json before the command
-        help="print a list of objects with id, component, verdict",
+        help="print a list of objects with id, component, verdict, source, quote, link",
     )
     return top
 
@@ -89,11 +89,11 @@ def print_claims(rows: Sequence[Component], as_json: bool) -> None:
     for line in missing_runs(stage, checked):
         print(line, file=sys.stderr)
     if as_json:
-        found = [{"id": e.id, "component": e.component, "verdict": e.verdict} for e in entries]
-        print(json.dumps(found, indent=1))
+        names = ("id", "component", "verdict", "source", "quote", "link")
+        print(json.dumps([{name: getattr(e, name) for name in names} for e in entries], indent=1))
         return
     for e in entries:
-        print(f"{e.verdict:<12}{e.id:<32}{e.claim}")
+        print(f"{e.verdict:<12}{e.id:<32}{e.claim}\n{'':<44}{e.origin}")
     count = Counter(e.verdict for e in entries)
     print("\n" + ", ".join(f"{n} {verdict}" for verdict, n in count.most_common()))
 

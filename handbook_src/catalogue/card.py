@@ -126,9 +126,9 @@ def _entries(row: Component) -> list[Entry]:
 
 def _claim(entry: Entry) -> list[str]:
     if entry.verdict == "open":
-        return [f"{entry.id}, open: {entry.claim}. To settle: {entry.how}."]
+        return [f"{entry.id}, open: {entry.claim}. To settle: {entry.how}.", entry.origin]
     figures = "; ".join(f"{k}: {v}" for k, v in entry.figures.items())
-    return [f"{entry.id}, {entry.verdict}: {entry.claim}. {entry.because} ({figures})"]
+    return [f"{entry.id}, {entry.verdict}: {entry.claim}. {entry.because} ({figures})", entry.origin]
 
 
 def _field(name: str, values: Iterable[str], *, verbatim: bool = False) -> list[str]:

@@ -31,12 +31,20 @@ class Entry:
     claim: str
     kind: str
     source: str
+    quote: str
+    link: str
     how: str
     verdict: str = OPEN
     figures: dict[str, str] = field(default_factory=dict)
     because: str = ""
     chapter: str = ""
     anchor: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Where the claim stands, as one line."""
+        words = f": “{self.quote}”" if self.quote else ""
+        return self.source + words + (f" <{self.link}>" if self.link else "")
 
 
 def find_root(start: Path | None = None) -> Path | None:

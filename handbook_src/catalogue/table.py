@@ -86,10 +86,12 @@ class Component:
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement of the literature, and how a run can settle it.
+    """One statement, where it stands, and how a run can settle it.
 
-    ``source`` says who makes it: ``source A`` to ``source D`` are the four overviews
-    of the field that the handbook set out to check; they are not part of it.
+    ``source`` names the paper, course or documentation that says so, ``quote`` its words where
+    they were seen, ``link`` where to read them. What no public text was found to say is
+    ``from the source documents``, the overviews that the handbook set out to check and that
+    are no part of it; ``; compare`` then names what the literature says instead.
     """
 
     id: str
@@ -97,6 +99,8 @@ class Claim:
     claim: str
     kind: str
     source: str
+    quote: str
+    link: str
     how: str
 
 

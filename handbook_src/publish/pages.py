@@ -31,6 +31,9 @@ from handbook_src.catalogue.table import Component
 #: The word on the page and the sign before it: verdicts never speak by colour alone.
 SIGNS = {"open": "○", "holds": "✓", "fails": "✗", "depends": "◐", "no evidence": "∅"}
 
+#: What a judgement measured: the head of its column in the ledger, and its name among the figures.
+JUDGED = {"Effect": "effect", "95 % interval": "95 % interval", "Seeds or rounds": "samples", "Rule": "rule"}
+
 
 def tag(word: str, kind: str) -> nodes.inline:
     """A small label such as ``published`` or ``holds``, styled by its class."""
@@ -132,12 +135,27 @@ class Claims(CataloguePage):
 
     def run(self) -> list[nodes.Node]:
         self.note_tables()
-        heads = [("Claim", "name"), ("Verdict", "verdict filter"), ("What decides", "evidence")]
+        heads = [
+            ("Claim", "name"),
+            ("Where it stands", "origin"),
+            ("Verdict", "verdict filter"),
+            *((head, "judged") for head in JUDGED),
+            ("What decides", "evidence"),
+        ]
         rows: list[Row] = [
-            (f"claim-{e.id}", [], [self.statement(e), [paragraph(self.verdict(e))], self.evidence(e)])
-            for e in sorted(self.entries(), key=lambda e: e.verdict == "open")
+            (f"claim-{e.id}", [], self.cells(e)) for e in sorted(self.entries(), key=lambda e: e.verdict == "open")
         ]
         return [build_table(heads, rows)]
+
+    def cells(self, e: Entry) -> list[Cell]:
+        judged = [[paragraph(e.figures.get(figure, ""))] for figure in JUDGED.values()]
+        return [self.statement(e), self.origin(e), [paragraph(self.verdict(e))], *judged, self.evidence(e)]
+
+    def origin(self, e: Entry) -> Cell:
+        name: nodes.Node = nodes.Text(e.source)
+        if e.link:
+            name = nodes.reference("", e.source, refuri=e.link)
+        return [paragraph(name, f": “{e.quote}”" if e.quote else "")]
 
     def statement(self, e: Entry) -> Cell:
         where = nodes.reference(
@@ -152,12 +170,10 @@ class Claims(CataloguePage):
         if e.verdict == "open":
             return [paragraph("To settle: " + e.how, css="planned")]
         cell = page_reference(self.env.docname, e.chapter, e.anchor, "the cell that decides")
-        figures = nodes.bullet_list(
-            "",
-            *(nodes.list_item("", paragraph(f"{k}: ", nodes.strong("", v))) for k, v in e.figures.items()),
-            classes=["figures"],
-        )
-        return [paragraph(e.because), figures, paragraph(cell)]
+        others = [(k, v) for k, v in e.figures.items() if k not in JUDGED.values()]
+        items = [nodes.list_item("", paragraph(f"{k}: ", nodes.strong("", v))) for k, v in others]
+        figures = [nodes.bullet_list("", *items, classes=["figures"])] if items else []
+        return [paragraph(e.because), *figures, paragraph(cell)]
 
 
 class Counts(CataloguePage):
@@ -203,6 +219,7 @@ class Verdicts(CataloguePage):
         return [
             paragraph(tag(e.verdict, "verdict"), " ", nodes.strong("", claim)),
             paragraph(e.because, " (", cell, ")", css="synonyms"),
+            paragraph("Where it stands: ", e.source, css="synonyms"),
         ]
 
 

@@ -223,9 +223,11 @@ def test_claims_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["claims", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 175
-    assert all(list(row) == ["id", "component", "verdict"] for row in rows)
+    assert all(list(row) == ["id", "component", "verdict", "source", "quote", "link"] for row in rows)
+    assert all(row["source"] for row in rows)
     assert {r["verdict"] for r in rows} <= {"open", "holds", "fails", "depends", "no evidence"}
     assert run(["claims"]) == 0
+    assert "“RMSNorm achieves comparable performance against LayerNorm” <https://arxiv" in capsys.readouterr().out
 
 
 def test_stderr_says_which_runs_are_missing(

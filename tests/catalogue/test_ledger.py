@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from handbook_src.catalogue import claims
 from handbook_src.catalogue import ledger as ledger_module
 from handbook_src.catalogue.__main__ import run
-from handbook_src.catalogue.ledger import CLAIM_TYPE, current, find_root, find_stage, judged, ledger, staged
+from handbook_src.catalogue.ledger import CLAIM_TYPE, Entry, current, find_root, find_stage, judged, ledger, staged
 from handbook_src.errors import DataError
 from handbook_src.notebook import CLAIM_TYPE as WRITTEN_TYPE
 from handbook_src.testing.refusal import refuses
@@ -56,6 +57,13 @@ def test_a_record_settles_its_claim(tmp_path: Path) -> None:
     assert (entry.chapter, entry.anchor) == ("book/part/norm", "claim-rms-norm-1")
     assert entries["rms-norm-2"].verdict == "open"
     assert len(entries) == len(claims())
+
+
+def test_where_a_claim_stands_is_one_line() -> None:
+    entry = Entry("a-1", "a", "it is", "cost", "A 2000, abstract", "It is so.", "https://a.org", "time")
+    assert entry.origin == "A 2000, abstract: “It is so.” <https://a.org>"
+    assert replace(entry, quote="").origin == "A 2000, abstract <https://a.org>"
+    assert replace(entry, source="from the source documents", quote="", link="").origin == "from the source documents"
 
 
 def test_only_the_named_notebooks_count(tmp_path: Path) -> None:
@@ -123,4 +131,4 @@ def test_json_counts_before_and_after_the_command(line: list[str], capsys: pytes
     assert run(line) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 175
-    assert {tuple(r) for r in rows} == {("id", "component", "verdict")}
+    assert {tuple(r) for r in rows} == {("id", "component", "verdict", "source", "quote", "link")}
