@@ -98,7 +98,8 @@ def svg() -> str:
         '<figure class="handbook-hero-figure">'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}">{labels}{body}'
         f'<text x="{LEFT + PANEL + GAP / 2}" y="{last + 46}" text-anchor="middle">size of an activation</text></svg>'
-        f"<figcaption>The same {LAYERS}-layer network, as initialised. Left, the typical activation shrinks "
+        f"<figcaption>The same {LAYERS}-layer network before training, with the weights that "
+        "<code>torch.nn.Linear</code> draws by default. Left, the typical activation shrinks "
         f"{factor}-fold on its way down; right, with one RMSNorm a layer, it moves by {moved:.1%}. "
         "Computed while this page was built.</figcaption></figure>"
     )

@@ -89,7 +89,7 @@ def dendritic_conv4d(
         ShapeError: rank, channels or dtypes that do not fit.
 
     Source:
-        described in the handbook's source documents without a reference; a sum over branches behind
+        an overview that the handbook began with, without a reference; a sum over branches behind
         a nonlinearity each is the two-layer neuron of Poirazi, Brannon & Mel 2003,
         doi:10.1016/S0896-6273(03)00149-1
     """
@@ -147,7 +147,7 @@ def hyperedge_messages(
         ShapeError: rank, positions, channels, dtypes or memberships that do not fit.
 
     Source:
-        described in the handbook's source documents without a reference; after Feng et al. 2019, eq. 11,
+        an overview that the handbook began with, without a reference; after Feng et al. 2019, eq. 11,
         arXiv:1809.09401, which has no residual and splits the positions' degrees over both sides
     """
     op = "hyperedge_messages"
@@ -195,7 +195,7 @@ def grid_hyperedges(
         ConfigError: a size or a window that is none.
 
     Source:
-        "temporal groups" of the handbook's source documents; the choice of sets is ours
+        "temporal groups" of the same overview; the choice of sets is ours
     """
     if not isinstance(size, Sequence) or len(size) < 2:
         raise ConfigError("grid_hyperedges size", got=repr(size), want="time and space", remedy="Pass x.shape[2:].")

@@ -44,7 +44,7 @@ class DendriticHypergraphConv4d(nn.Module):
         ``(b, in_channels, t, depth, height, width)`` to ``(b, out_channels, t, depth, height, width)``.
 
     Typical values:
-        None published. The source draws four branches, of dilation 1, 2, 4 and 8; small grids have no room for
+        None published. The overview draws four branches, of dilation 1, 2, 4 and 8; small grids have no room for
         the last two.
 
     Raises:
@@ -52,7 +52,7 @@ class DendriticHypergraphConv4d(nn.Module):
         ShapeError: an input that does not fit.
 
     Source:
-        described in the handbook's source documents without a reference; its parts: Poirazi, Brannon & Mel
+        an overview that the handbook began with, without a reference; its parts: Poirazi, Brannon & Mel
         2003, doi:10.1016/S0896-6273(03)00149-1, and Feng et al. 2019, arXiv:1809.09401
     """
 

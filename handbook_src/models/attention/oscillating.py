@@ -38,13 +38,13 @@ def oscillating(depth: int, cycle: Sequence[Direction] = ("bidirectional", "forw
         a list of ``depth`` rules.
 
     Typical values:
-        the source's cycle of three; a multiple of three layers.
+        the overview's cycle of three; a multiple of three layers.
 
     Raises:
         ConfigError: ``depth`` below 1, an empty cycle, an unknown direction.
 
     Source:
-        The handbook's source document, without a paper; the parts are the masks of
+        an overview that the handbook began with, without a paper; the parts are the masks of
         Vaswani et al. 2017, section 3.2.3, arXiv:1706.03762
     """
     if depth < 1:

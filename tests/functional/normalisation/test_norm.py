@@ -300,7 +300,7 @@ def test_eps_stands_inside_the_root():
     x = torch.zeros(1, 4, dtype=torch.float64).index_fill(1, torch.tensor([0]), 1e-3)
     want = 1e-3 / math.sqrt(1e-6 / 4 + 1e-6)
     assert rms_norm(x, eps=1e-6)[0, 0].item() == pytest.approx(want, rel=1e-12)
-    assert want != pytest.approx(1e-3 / (1e-3 / 2 + 1e-6), rel=0.1)  # x / (RMS + eps), as one source writes it
+    assert want != pytest.approx(1e-3 / (1e-3 / 2 + 1e-6), rel=0.1)  # x / (RMS + eps), a common slip
 
 
 @pytest.mark.law("batch-norm", "layer-norm", "instance-norm", "group-norm", "rms-norm")
