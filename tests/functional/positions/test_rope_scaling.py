@@ -64,6 +64,17 @@ def test_frequencies_are_transformers(dim, base, scaling, length):
     assert scaling.magnitude == pytest.approx(magnitude)
 
 
+@pytest.mark.outside("rope")
+@pytest.mark.parity("rope")
+def test_where_every_pair_turns_often_the_ramp_ends_at_the_last_index():
+    scaling = RopeScaling("yarn", 4, 64)
+    theirs, _ = transformers_says(8, 2.0, scaling, None)
+    ours = scaled_rope_frequencies(8, 2.0, scaling)
+    torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=0)
+    plain = rope_frequencies(8, 2.0)
+    torch.testing.assert_close(ours, plain * (1 - 0.75 * torch.arange(4) / 7))  # without a bound by 14, not 7
+
+
 @pytest.mark.parity("rope")
 def test_frequencies_are_the_papers_formulas_in_float64():
     dim, base, s, trained = 12, 10000.0, 4.0, 512
