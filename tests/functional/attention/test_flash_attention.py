@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from handbook_src.errors import ConfigError, KernelUnavailable, ShapeError
-from handbook_src.functional.attention.flash_attention import flash_attention, flash_attention_varlen
+from handbook_src.functional.attention.flash_attention import BAND, bands, flash_attention, flash_attention_varlen
+from handbook_src.functional.attention.mask import causal, full, window
 from handbook_src.testing import assert_parity, refuses
 
 OPTIONS = [
@@ -225,9 +226,9 @@ def test_packed_nothing():
 @pytest.mark.refusal("flash-attention")
 def test_settings_that_cannot_work():
     x = drawn()
-    for window in (0, -1, 2.0, True, math.nan):
-        with refuses(ConfigError, "window", repr(window)):
-            flash_attention(*x, window=window)
+    for wrong in (0, -1, 2.0, True, math.nan):
+        with refuses(ConfigError, "window", repr(wrong)):
+            flash_attention(*x, window=wrong)
     for name in ("soft_cap", "scale"):
         for value in (0.0, -1.0, math.nan, math.inf, True):
             with refuses(ConfigError, name, repr(value)):
@@ -327,3 +328,21 @@ def test_inputs_stay_and_strides_do_not_matter():
         torch.testing.assert_close(got, flash_attention(q.contiguous(), k.contiguous(), v.contiguous(), **extra))
         torch.testing.assert_close(got, flash_attention(q, k, v, **extra, deterministic=True))
     assert torch.equal(packed, before)
+
+
+@pytest.mark.law("flash-attention")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("reach", [None, 1, 50, 200])
+@pytest.mark.parametrize("past", [0, 70])
+def test_bands_of_a_processor_hold_the_keys_that_are_seen_and_few_others(
+    is_causal: bool, reach: int | None, past: int
+) -> None:
+    t, s = 2 * BAND + 9, 2 * BAND + 9 + past
+    rule = (causal if is_causal else full) & (full if reach is None else window(reach))
+    seen = rule.dense(t, s)
+    found = bands(t, s, is_causal, reach, torch.device("cpu"))
+    assert [rows.start for rows, _ in found] == [0, BAND, 2 * BAND]
+    assert found[-1][0].stop == t
+    for rows, cols in found:
+        keys = seen[rows].any(0).nonzero().flatten()
+        assert (cols.start, cols.stop) == (int(keys.min()), int(keys.max()) + 1)

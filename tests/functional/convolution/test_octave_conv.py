@@ -258,6 +258,7 @@ def test_refuses_kernels_and_paddings_that_carry_the_grids_apart():
     for kernel, geometry, values in (
         ((3, 3), {}, (3, "padding 0", "Pass padding=1")),
         ((2, 2), {"padding": 1}, (2, "odd kernel", "Take 3 taps")),
+        ((4, 4), {"padding": 1}, (4, "odd kernel", "Take 5 taps")),
         ((1, 1), {"padding": 1}, (1, "Pass padding=0")),
         ((3, 3), {"padding": 1, "dilation": 2}, ("dilation 2", "Pass padding=2")),
         ((3, 3), {"stride": 2}, ("(3, 2) high and (1, 1) low",)),
