@@ -19,6 +19,8 @@ from handbook_src.judge import OPEN, Judgement
 if TYPE_CHECKING:
     import torch
 
+    from handbook_src.catalogue.table import Claim
+
 GLUE_PREFIX = "application/papermill.record/"
 CLAIM_TYPE = "application/vnd.handbook.claim+json"
 INK, PAPER_INK = "#1f2328", "#d8dee6"
@@ -161,18 +163,22 @@ def claim(id: str, verdict: str | Judgement, figures: Mapping[str, Any] | None =
     shown = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in figures.items()}
     pairs = [[k, v] for k, v in shown.items()]  # nbformat sorts the keys of a mapping
     record = {"id": id, "verdict": verdict, "figures": pairs, "because": because}
-    row = rows[id]
-    name = f'<a href="{escape(row.link)}">{escape(row.source)}</a>' if row.link else escape(row.source)
+    display({CLAIM_TYPE: record, **_box(rows[id], verdict, shown, because)}, raw=True)
+
+
+def _box(row: Claim, verdict: str, figures: Mapping[str, str], because: str) -> dict[str, str]:
+    """What a settled claim looks like, as HTML and as text."""
+    from handbook_src.catalogue.table import linked
+
+    before, named = linked(row.source)
+    name = f'{before}<a href="{escape(row.link)}">{escape(named)}</a>' if row.link else row.source
     words = f": “{row.quote}”" if row.quote else ""
-    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in shown.items())
-    css = verdict.replace(" ", "-")
+    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in figures.items())
     html = (
-        f'<div class="handbook-claim handbook-claim-{css}" id="claim-{escape(id)}">'
-        f'<p><strong class="verdict">{escape(verdict)}</strong> {escape(row.claim)}</p>'
+        f'<div class="handbook-claim handbook-claim-{verdict.replace(" ", "-")}" id="claim-{row.id}">'
+        f'<p><strong class="verdict">{verdict}</strong> {escape(row.claim)}</p>'
         f'<p class="origin">Where it stands: {name}{escape(words)}</p>'
         f"<p>{escape(because)}</p><dl>{items}</dl></div>"
     )
-    plain = f"{verdict}: {row.claim}\n{row.source}{words}\n{because}\n" + ", ".join(
-        f"{k} {v}" for k, v in shown.items()
-    )
-    display({CLAIM_TYPE: record, "text/html": html, "text/plain": plain}, raw=True)
+    plain = f"{verdict}: {row.claim}\n{row.source}{words}\n{because}\n"
+    return {"text/html": html, "text/plain": plain + ", ".join(f"{k} {v}" for k, v in figures.items())}

@@ -130,9 +130,13 @@ def test_a_claim_shows_verdict_figures_and_reason(shell):
 
 
 def test_a_claim_of_ours_is_not_shown_as_literature(shell):
-    row = next(c for c in claims() if not c.link)
-    (data,) = shown(lambda: notebook.claim(row.id, "holds", {"gap": 1}, "It is so."))
-    assert '<p class="origin">Where it stands: from the source documents</p>' in data["text/html"]
+    rows = {c.id: c for c in claims()}
+    for id, want in {
+        "glu-1": "from the source documents</p>",
+        "flash-attention-3": f'from the source documents; compare <a href="{rows["flash-attention-3"].link}">Dao ',
+    }.items():
+        (data,) = shown(lambda id=id: notebook.claim(id, "holds", {"gap": 1}, "It is so."))
+        assert f'<p class="origin">Where it stands: {want}' in data["text/html"]
 
 
 def test_a_judgement_brings_its_figures_and_an_open_one_settles_nothing(shell):

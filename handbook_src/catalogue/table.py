@@ -104,6 +104,16 @@ class Claim:
     how: str
 
 
+def linked(source: str) -> tuple[str, str]:
+    """A claim's ``source`` in two: what comes before the text that its link leads to, and that text.
+
+    >>> linked("Vaswani et al. 2017"), linked("from the source documents; compare Dao 2024")
+    (('', 'Vaswani et al. 2017'), ('from the source documents; compare ', 'Dao 2024'))
+    """
+    before, compare, named = source.rpartition("; compare ")
+    return before + compare, named
+
+
 def read_table(path: Path, kind: type[Row]) -> list[Row]:
     """Read a tab-separated file whose header is the fields of ``kind``.
 

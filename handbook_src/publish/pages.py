@@ -26,7 +26,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from handbook_src import catalogue
 from handbook_src.catalogue.ledger import Entry, ledger
-from handbook_src.catalogue.table import Component
+from handbook_src.catalogue.table import Component, linked
 
 #: The word on the page and the sign before it: verdicts never speak by colour alone.
 SIGNS = {"open": "○", "holds": "✓", "fails": "✗", "depends": "◐", "no evidence": "∅"}
@@ -152,10 +152,9 @@ class Claims(CataloguePage):
         return [self.statement(e), self.origin(e), [paragraph(self.verdict(e))], *judged, self.evidence(e)]
 
     def origin(self, e: Entry) -> Cell:
-        name: nodes.Node = nodes.Text(e.source)
-        if e.link:
-            name = nodes.reference("", e.source, refuri=e.link)
-        return [paragraph(name, f": “{e.quote}”" if e.quote else "")]
+        before, named = linked(e.source)
+        name = nodes.reference("", named, refuri=e.link) if e.link else named
+        return [paragraph(before, name, f": “{e.quote}”" if e.quote else "")]
 
     def statement(self, e: Entry) -> Cell:
         where = nodes.reference(
