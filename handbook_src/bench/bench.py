@@ -1,13 +1,14 @@
 """Timing that means something: parity first, rounds interleaved, noise on show.
 
 Candidates take turns, so a machine that slows down slows all of them.  A ratio is
-formed within a round and its median taken over the rounds; the quartiles beside
-it say whether the difference is larger than the noise.
+formed within a round and its geometric mean taken over the rounds; the 95 % interval
+beside it says whether the difference is larger than the noise.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import platform
 import shutil
 import statistics
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from handbook_src.errors import ConfigError, DataError
+from handbook_src.judge import confidence
 from handbook_src.testing.parity import relative_error
 
 Candidate = Callable[[], Any]
@@ -47,7 +49,7 @@ class Row:
     ms: float
     ms_low: float
     ms_high: float
-    #: time of the baseline divided by this one's: above 1 is faster.
+    #: time of the baseline divided by this one's, above 1 is faster: geometric mean, 95 % interval.
     ratio: float
     ratio_low: float
     ratio_high: float
@@ -58,7 +60,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """``faster`` or ``slower`` than the baseline where the quartiles agree, else ``no difference``."""
+        """``faster`` or ``slower`` than the baseline by the whole interval, else ``no difference``."""
         if self.ratio_low > 1:
             return "faster"
         return "slower" if self.ratio_high < 1 else "no difference"
@@ -104,7 +106,7 @@ def bench(
         raise ConfigError("rounds", got=rounds, want="at least 5", remedy="Quartiles of fewer say nothing.")
     _assert_green(candidates, first, check)
     where = torch.device(device)
-    took = _take_turns(candidates, rounds, where)
+    took = take_turns(candidates, rounds, where)
     facts: dict[str, Any] = {
         **device_stamp(where),
         "op": op,
@@ -118,7 +120,8 @@ def bench(
 
 def _statistics(mine: Sequence[float], base: Sequence[float], bytes_moved: int) -> dict[str, Any]:
     low, ms, high = _quartiles(mine)
-    ratio_low, ratio, ratio_high = _quartiles([b / a for a, b in zip(mine, base, strict=True)])
+    logs = ([math.log(t) for t in side] for side in (base, mine))
+    ratio, ratio_low, ratio_high = map(math.exp, confidence(*logs, paired=True, interval="t"))
     return {
         "ms": ms,
         "ms_low": low,
@@ -207,8 +210,11 @@ def _tensors(out: Any) -> list[torch.Tensor]:
     return found
 
 
-def _take_turns(candidates: Mapping[str, Candidate], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def take_turns(
+    candidates: Mapping[str, Candidate], rounds: int, device: torch.device | str = "cpu"
+) -> dict[str, list[float]]:
     """Return the readings in ms, one per round; each round starts with another candidate."""
+    device = torch.device(device)
     read = _read_gpu if device.type == "cuda" else _read_cpu
     repeats = {}
     for name, run in candidates.items():

@@ -27,7 +27,7 @@ class Heat:
     mode: str
     #: both run the same operations of torch on the same sizes: whatever their times say is noise.
     same: bool
-    #: our median time, the median ratio, and the middle half of the ratios.
+    #: our median time, the geometric mean of the ratios, and its 95 % interval.
     ms: float
     ratio: float
     low: float
@@ -113,7 +113,7 @@ class Race:
         return found
 
     def slow(self, heats: Iterable[Heat] | None = None) -> list[Heat]:
-        """Return the heats that are slower than the limit, by the upper end of their middle half."""
+        """Return the heats that are slower than the limit, by the upper end of their interval."""
         return [h for h in (self.heats if heats is None else heats) if not h.same and h.high < 1 / self.limit]
 
     def mean(self, mode: str, rivals: Iterable[str] | None = None) -> float:
@@ -126,9 +126,9 @@ class Race:
 
 
 def spoken(heat: Heat) -> str:
-    """Return a ratio and its middle half as a table says them."""
-    middle = f"{heat.ratio:.2f} ({heat.low:.2f} to {heat.high:.2f})"
-    return f"equal; {middle}" if heat.same else middle
+    """Return a ratio and its interval as a table says them."""
+    ratio = f"{heat.ratio:.2f} ({heat.low:.2f} to {heat.high:.2f})"
+    return f"equal; {ratio}" if heat.same else ratio
 
 
 class _Watch(TorchDispatchMode):

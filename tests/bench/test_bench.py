@@ -107,7 +107,7 @@ def test_candidates_take_turns(clock):
 @pytest.mark.parametrize(
     ("low", "high", "verdict"), [(1.1, 1.3, "faster"), (0.7, 0.9, "slower"), (0.9, 1.2, "no difference")]
 )
-def test_a_verdict_needs_both_quartiles_on_one_side(low, high, verdict):
+def test_a_verdict_needs_the_whole_interval_on_one_side(low, high, verdict):
     row = replace(bench({"one": X.exp}, check=1e-6, rounds=5)[0], ratio_low=low, ratio_high=high)
     assert row.verdict == verdict
 
