@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -21,39 +22,42 @@ from torch import nn
 from handbook_src.training import train
 
 torch.set_num_threads(1)
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-path, steps = sys.argv[1], int(sys.argv[2])
+path, *turns = sys.argv[1:]
 
 def sample(generator):
     return torch.randn(8, 4, generator=generator, dtype=torch.float64)
 
-history = train(
-    model, sample, lambda m, x: (m(x) - x.sum(1, keepdim=True)).square().mean(),
-    torch.optim.AdamW(model.parameters(), lr=0.01), steps=steps, generator=torch.Generator().manual_seed(1),
-    clip_norm=1.0, accumulate=4, checkpoint=path,
-)
+for seed, steps in enumerate(map(int, turns)):  # what a later turn starts with is not what it goes on with
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    history = train(
+        model, sample, lambda m, x: (m(x) - x.sum(1, keepdim=True)).square().mean(),
+        torch.optim.AdamW(model.parameters(), lr=0.01), steps=steps,
+        generator=torch.Generator().manual_seed(1 + seed), clip_norm=1.0, accumulate=4, checkpoint=path,
+    )
 if os.environ.get("RANK", "0") == "1":
     torch.save({"weights": model.state_dict(), "loss": history.loss}, path + ".rank1")
 """
 
 
-def launch(script, path, steps, processes):
+def launch(script, path, *turns):
+    """Train in two processes, for as many steps at a time; return the last checkpoint."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), str(path), str(steps)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, str(script), str(path), *map(str, turns)]
     done = subprocess.run(command, cwd=script.parent, env=env, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return torch.load(path, weights_only=True)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_and_resume(tmp_path):
+def test_two_processes_equal_one_and_resume(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    one = launch(script, tmp_path / "one.pt", 6, processes=1)
-    launch(script, tmp_path / "two.pt", 3, processes=2)
-    two = launch(script, tmp_path / "two.pt", 6, processes=2)
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "one.pt"), "6"])
+    runpy.run_path(str(script))  # here, alone
+    one = torch.load(tmp_path / "one.pt", weights_only=True)
+    two = launch(script, tmp_path / "two.pt", 3, 6)
     other = torch.load(tmp_path / "two.pt.rank1", weights_only=True)
     assert len(two["noise"]) == 2
     assert two["history"]["loss"] == other["loss"]
