@@ -147,8 +147,8 @@ def rms_norm(
         from handbook_src.kernels.norm import rms_norm_triton
 
         return rms_norm_triton(x.flatten(-axes), _flat(weight), eps).view(x.shape)
-    wide = at_least_float32(x)
-    mean_square = wide.square().mean(tuple(range(-axes, 0)), keepdim=True)
+    wide, last = at_least_float32(x), tuple(range(-axes, 0))
+    mean_square = wide.square().mean(last, keepdim=True)
     return _affine(wide * torch.rsqrt(mean_square + eps), weight, None).to(x.dtype)
 
 
