@@ -76,6 +76,15 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         paged_decode_attention(q, k, v, table, torch.tensor([-1, 3, 1]))
     with refuses(ShapeError, "block_table", "0 to 8"):
         paged_decode_attention(q, k, v, table + 9, lengths)
+    for length in (12, 1, 7):  # the last page that is read, and the first that is not
+        used, few = -(-length // 4), torch.full((3,), length)
+        bad = table.clone()
+        bad[:, used:] = 9
+        want = paged_decode_attention(q, k, v, table, few)
+        assert torch.equal(paged_decode_attention(q, k, v, bad, few), want)
+        bad[1, used - 1] = -1
+        with refuses(ShapeError, "block_table", "-1", "0 to 8"):
+            paged_decode_attention(q, k, v, bad, few)
     with refuses(ShapeError, "block_table", "torch.float32"):
         paged_decode_attention(q, k, v, table.float(), lengths)
     with refuses(ShapeError, "lengths", "(2,)"):

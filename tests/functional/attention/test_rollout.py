@@ -233,7 +233,7 @@ def test_refuses_what_cannot_be_rolled(rolled) -> None:
     for wrong in (torch.ones(1, 2, 3, 4), torch.ones(2, 3, 3), torch.ones(1, 0, 3, 3)):
         with refuses(ShapeError, tuple(wrong.shape)):
             rolled([wrong])
-    for other in (torch.ones(2, 2, 3, 3), torch.ones(1, 2, 4, 4)):
+    for other in (torch.ones(2, 2, 3, 3), torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2, 2), torch.ones(0, 2, 3, 3)):
         with refuses(ShapeError, tuple(other.shape), tuple(one.shape)):
             rolled([one, other])
     with refuses(ShapeError, "torch.float64", "torch.float32"):

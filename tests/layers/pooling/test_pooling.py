@@ -123,7 +123,9 @@ def test_other_bad_choices():
             layers.FractionalMaxPool2d(2, output_ratio=ratio)
     with refuses(ConfigError, "FractionalMaxPool2d output_size", -1):
         layers.FractionalMaxPool2d(2, output_size=-1)
-    with refuses(ConfigError, "StochasticPool2d padding", 5):
-        layers.StochasticPool2d(2, padding=5)
+    for kernel, padding in ((2, 5), (2, 2), (5, 3)):
+        with refuses(ConfigError, "StochasticPool2d padding", padding):
+            layers.StochasticPool2d(kernel, padding=padding)
+        layers.StochasticPool2d(kernel, padding=kernel // 2)
     with refuses(ShapeError, "(4, 4)"):
         layers.GlobalPool()(torch.rand(4, 4))
