@@ -5,6 +5,8 @@
     python kernels/compile_check.py --triton FOLDER      with the Triton installed in FOLDER (pip install --target)
     python kernels/compile_check.py --kernels norm --targets sm90 --cases "rms bf16 4096,layer fp16 4096"
 
+A report is a record: each row carries the hash of the code that it was made from, and holds while that is the same.
+
 The op runs on CPU tensors; a launch is caught before it starts and compiled instead, so grids, constexprs, argument
 types and the divisibility that 16-byte loads rest on are those of the real call, not a copy of them kept here.  The
 Triton wheel carries ptxas, nvdisasm and LLVM for AMD: no CUDA, no ROCm, no driver.
@@ -13,7 +15,9 @@ Triton wheel carries ptxas, nvdisasm and LLVM for AMD: no CUDA, no ROCm, no driv
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
+import hashlib
 import importlib.util
 import os
 import re
@@ -31,10 +35,12 @@ HERE = Path(__file__).resolve().parent
 SHARED_LIMIT = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
 COLUMNS = [
     "case", "target", "kernel", "warps", "registers", "spilled_bytes", "shared_bytes",
-    "loads", "loads_16_bytes", "stores", "stores_16_bytes", "instructions", "triton", "torch", "problem",
+    "loads", "loads_16_bytes", "stores", "stores_16_bytes", "instructions", "triton", "torch", "source", "problem",
 ]  # fmt: skip
 
 
+#: What flash attention has files for, besides its own.
+FLASH = ("attention_backward", "attention_tile", "decode")
 #: Kernels whose work is products of tiles: on Hopper these must be wgmma.
 PRODUCTS = ("flash_attention",)
 #: Kernels of those files that have no 64 rows for it: decoding has a group of heads.
@@ -191,6 +197,49 @@ def columns(kernels: list[str]) -> list[str]:
     return [*COLUMNS, "wgmma"] if set(kernels) & set(PRODUCTS) else COLUMNS
 
 
+def source_of(kernel: str) -> str:
+    """Return twelve digits of a hash of the code that decides what is compiled, without docstrings and comments.
+
+    That is the kernel's own files, and what these use of ``launch`` and the cases of ``compile_cases``.
+    """
+    folder = Path(importlib.util.find_spec("handbook_src.kernels").submodule_search_locations[0])
+    names = [kernel, *(f"flash_{part}" for part in FLASH if kernel == "flash_attention")]
+    files = [bare(folder / f"{name}.py") for name in names]
+    own = [statement for tree in files for statement in tree.body]
+    cases = reached([], bare(HERE / "compile_cases.py"), {CASES[kernel].__name__})
+    parts = [*own, *reached(own, bare(folder / "launch.py")), *cases]
+    return hashlib.sha256("\n".join(map(ast.unparse, parts)).encode()).hexdigest()[:12]
+
+
+def bare(path: Path) -> ast.Module:
+    """Return a file's syntax tree without docstrings."""
+    tree = ast.parse(path.read_text("utf8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+def reached(users: list[ast.stmt], tree: ast.Module, names: set[str] = frozenset()) -> list[ast.stmt]:
+    """Return the statements of ``tree`` that define ``names`` or what ``users`` and these use, directly or not."""
+    names, found = names | used(users), []
+    while more := [s for s in tree.body if s not in found and defined(s) & names]:
+        found += more
+        names |= used(more)
+    return [s for s in tree.body if s in found]
+
+
+def used(statements: list[ast.stmt]) -> set[str]:
+    nodes = [n for s in statements for n in ast.walk(s)]
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+
+
+def defined(statement: ast.stmt) -> set[str]:
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return {statement.name}
+    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
 def named_for(target: str, kernel: str) -> list[str]:
     """Return the cases of ``kernel`` that a ``target`` has to pass."""
     everything = ("sm90",) if kernel in PRODUCTS else ("sm80", "sm90")
@@ -214,7 +263,7 @@ def check(kernels: list[str], wanted: list[str], match: list[str]) -> Iterator[d
                 if halves and launched not in NO_WGMMA and not facts["wgmma"]:
                     facts["problem"] = "; ".join(filter(None, (facts["problem"], "no wgmma")))
                 yield {"case": case.name, "target": name, "kernel": launched, **facts} | {
-                    "triton": triton.__version__, "torch": torch.__version__.split("+")[0],
+                    "triton": triton.__version__, "torch": torch.__version__.split("+")[0], "source": source_of(kernel),
                 }  # fmt: skip
 
 

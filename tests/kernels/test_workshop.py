@@ -32,6 +32,11 @@ def script(path: str) -> ModuleType:
     return module
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def problems(kernel: str) -> list:
     """One problem of each operation of a bench, at test size."""
     bench, dtypes = script(f"{kernel}/bench.py"), [torch.float32, torch.bfloat16, torch.float16]
@@ -220,9 +225,9 @@ def test_attentions_work_is_the_pairs_that_are_seen(attention):
 @pytest.mark.parametrize("kernel", REPORTS)
 def test_the_compile_report_covers_every_case_and_no_hopper_kernel_spills(kernel):
     check = script("compile_check.py")
-    with (WORKSHOP / kernel / "results" / "compile.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(WORKSHOP / kernel / "results" / "compile.csv")
     assert list(rows[0]) == check.columns([kernel])
+    assert {r["source"] for r in rows} == {check.source_of(kernel)}, "run compile_check.py again: the kernel changed"
     older = set(check.SHARED_LIMIT) if kernel in check.PRODUCTS else {"sm90"}
     for version, targets in {"3.7.1": set(check.SHARED_LIMIT), "3.6.0": older}.items():
         for target in targets:
@@ -237,8 +242,8 @@ def test_the_compile_report_covers_every_case_and_no_hopper_kernel_spills(kernel
 def test_products_of_half_precision_are_wgmma_on_hopper():
     """Forward, dq, and dk with dv: none falls back to the warp's own products."""
     check = script("compile_check.py")
-    with (WORKSHOP / "flash_attention" / "results" / "compile.csv").open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["target"] == "sm90" and "fp32" not in r["case"]]
+    report = rows_of(WORKSHOP / "flash_attention" / "results" / "compile.csv")
+    rows = [r for r in report if r["target"] == "sm90" and "fp32" not in r["case"]]
     products = [r for r in rows if r["kernel"] not in check.NO_WGMMA]
     assert {(r["kernel"], r["triton"]) for r in products} == {
         (kernel, triton) for kernel in ("_forward", "_queries", "_keys") for triton in ("3.7.1", "3.6.0")
@@ -253,16 +258,45 @@ def test_the_map_names_every_kernel():
         assert (WORKSHOP / kernel / "worklog.md").is_file()
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "whose"),
+    [
+        ("glu.py", "BLOCK", "BLOCKS", {"glu"}),
+        ("glu.py", "Fused activation and gate", "In other words", set()),
+        ("launch.py", "rows.stride(1) == 1", "rows.stride(1) == 2", {"norm", "glu", "cross_entropy"}),
+        ("flash_attention_tile.py", "stages", "phases", {"flash_attention"}),
+        ("compile_cases.py", "11008", "11009", {"glu"}),
+    ],
+)
+def test_a_report_hangs_on_what_its_kernel_is_made_from(file, old, new, whose, monkeypatch):
+    check = script("compile_check.py")
+    before = {kernel: check.source_of(kernel) for kernel in REPORTS}
+    read = Path.read_text
+
+    def edited(path, *encoding):
+        text = read(path, *encoding)
+        assert path.name != file or old in text
+        return text.replace(old, new) if path.name == file else text
+
+    monkeypatch.setattr(Path, "read_text", edited)
+    assert {kernel for kernel in REPORTS if check.source_of(kernel) != before[kernel]} == whose
+
+
 @pytest.mark.slow
-def test_one_case_of_each_new_kernel_compiles_for_hopper():
-    """In a process of its own: a kernel is bound to interpreter or compiler when it is defined."""
+def test_the_compiler_says_again_what_the_reports_say(tmp_path):
+    """One case for NVIDIA and AMD, and one with wgmma; in a process of its own, which must not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONSAFEPATH": "1"}
-    arguments = ["--kernels", "glu,cross_entropy,rope,flash_attention", "--targets", "sm90"]
-    flash = "causal bf16 64,everything bf16 128,decode bf16 64,decode fp32 256"
-    cases = ["--cases", f"silu bf16,bf16 32000,interleaved bf16 128,{flash}"]
+    arguments = ["--kernels", "glu,flash_attention", "--targets", "sm90,gfx942", "--csv", str(tmp_path / "again.csv")]
+    cases = ["--cases", "silu bf16,causal bf16 64"]
     done = subprocess.run(
         [sys.executable, str(WORKSHOP / "compile_check.py"), *arguments, *cases],
         capture_output=True, text=True, env=environment, cwd=WORKSHOP.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "16 kernels compiled by triton" in done.stdout
+    again = rows_of(tmp_path / "again.csv")
+    said = [r for k in ("glu", "flash_attention") for r in rows_of(WORKSHOP / k / "results" / "compile.csv")]
+    facts = {(r["triton"], r["case"], r["target"], r["kernel"]): r for r in said}
+    assert len(again) == 10
+    for row in again:
+        want = facts[row["triton"], row["case"], row["target"], row["kernel"]]
+        assert row | {"torch": want["torch"]} == row | want
