@@ -28,6 +28,7 @@ _ROOMS = (
     "mode",
     "models",
     "notebook",
+    "operation",
     "optim",
     "precision",
     "publish",

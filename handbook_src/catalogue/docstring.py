@@ -35,7 +35,7 @@ class Facts:
 
 def facts(path: str) -> Facts | None:
     """What the object at the dotted ``path`` says of itself; None when its source is not found."""
-    found = _definition(path)
+    found = definition(path)
     if found is None:
         return None
     module, file, node = found
@@ -84,12 +84,12 @@ def _module_file(name: str) -> Path | None:
     return base if base.suffix == ".py" and base.is_file() else None
 
 
-def _definition(path: str) -> tuple[str, Path, Definition] | None:
+def definition(path: str) -> tuple[str, Path, Definition] | None:
     """The module, file and definition of a dotted path, through one re-export at most."""
     module, _, name = path.rpartition(".")
     file = _module_file(module) if module else None
     if file is None:
-        outer = _definition(module) if "." in module else None
+        outer = definition(module) if "." in module else None
         if outer is not None and isinstance(outer[2], ast.ClassDef):
             return _member(outer, name)
         return None
@@ -97,7 +97,7 @@ def _definition(path: str) -> tuple[str, Path, Definition] | None:
         if isinstance(node, Definition) and node.name == name:
             return module, file, node
     target = _imported(name, module, file)
-    return _definition(target) if target and target != path else None
+    return definition(target) if target and target != path else None
 
 
 def _bases(node: Definition, file: Path) -> list[Definition]:

@@ -19,7 +19,7 @@ import nbformat
 
 from handbook_src.publish import site
 from handbook_src.publish.book import write
-from handbook_src.publish.quote import excerpt
+from handbook_src.publish.quote import excerpt, maths
 
 GLUE = "application/papermill.record/"
 FENCE = re.compile(r"^(?P<indent>\s*)(?P<mark>`{3,}|:{3,}|~{3,})\{(?P<name>[\w:-]+)\}[ \t]*(?P<argument>.*)$")
@@ -190,10 +190,14 @@ def quote(title: str, body: list[str], context: Context) -> list[str]:
 def literalinclude(argument: str, options: dict[str, str], context: Context) -> list[str]:
     """The quoted source itself, under a line that says where it is from."""
     path = (context.folder / argument.strip()).resolve()
-    where = path.relative_to(site.ROOT.resolve()).as_posix() if path.is_relative_to(site.ROOT.resolve()) else argument
-    code = excerpt(path.read_text("utf8"), options)
+    return listing(path, excerpt(path.read_text("utf8"), options), options.get("language", "python"))
+
+
+def listing(path: Path, code: str, language: str = "python") -> list[str]:
+    """Quoted code under a line that says where it is from."""
+    where = path.relative_to(site.ROOT.resolve()).as_posix() if path.is_relative_to(site.ROOT.resolve()) else path.name
     link = f"[`{where}`]({site.repository()}/blob/main/{where})"
-    return ["", f"From {link}:", "", f"```{options.get('language', 'python')}", *code.splitlines(), "```", ""]
+    return ["", f"From {link}:", "", f"```{language}", *code.splitlines(), "```", ""]
 
 
 def list_table(argument: str, body: list[str], context: Context) -> list[str]:
@@ -219,6 +223,8 @@ def directive(name: str, argument: str, content: list[str], context: Context) ->
         return ["", "$$", *([argument] if argument else []), *body, "$$", ""]
     if name == "literalinclude":
         return literalinclude(argument, options, context)
+    if name == "handbook-maths":
+        return listing(*maths(argument.strip()))
     if name == "list-table":
         return list_table(argument, body, context)
     if name in ("code-block", "code", "sourcecode"):

@@ -1,7 +1,7 @@
 """Directives that draw pages from the catalogue, so that no count or row is typed.
 
 ``{handbook-components}`` the index of components, ``{handbook-claims}`` the ledger,
-``{handbook-modules}`` the API reference of a package; for the front page
+``{handbook-modules}`` the API reference of a package, ``{handbook-maths}`` the source of a function; for the front page
 ``{handbook-counts}``, ``{handbook-verdicts}``, ``{handbook-map}`` with one square a
 component, and ``{handbook-hero}``. All emit plain tables and lists that read without
 JavaScript; ``handbook-filter.js`` adds the filters.
@@ -16,17 +16,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from docutils import nodes
+from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.directives.code import container_wrapper
 from sphinx.util.docutils import SphinxDirective
 
 from handbook_src import catalogue
 from handbook_src.catalogue.ledger import Entry, ledger
 from handbook_src.catalogue.table import Component, linked
+from handbook_src.publish import quote
 
 #: The word on the page and the sign before it: verdicts never speak by colour alone.
 SIGNS = {"open": "○", "holds": "✓", "fails": "✗", "depends": "◐", "no evidence": "∅"}
@@ -255,6 +258,22 @@ class Hero(SphinxDirective):
         return [nodes.raw("", hero.svg(), format="html")]
 
 
+class Maths(SphinxDirective):
+    """The source of a public function, without its docstring: ``{handbook-maths} functional.rms_norm``."""
+
+    required_arguments = 1
+    option_spec = {"caption": directives.unchanged, "name": directives.unchanged}  # noqa: RUF012
+
+    def run(self) -> list[nodes.Node]:
+        file, code = quote.maths(self.arguments[0])
+        self.env.note_dependency(str(file))
+        block: nodes.Element = nodes.literal_block(code, code, language="python")
+        if caption := self.options.get("caption"):
+            block = container_wrapper(self, cast(nodes.literal_block, block), caption)
+        self.add_name(block)
+        return [block]
+
+
 class Modules(SphinxDirective):
     """API sections for the public modules of the packages and modules named, one a line."""
 
@@ -300,6 +319,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
         "map": Map,
         "hero": Hero,
         "modules": Modules,
+        "maths": Maths,
     }.items():
         app.add_directive(f"handbook-{name}", directive)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,10 +1,12 @@
-"""The lines of a source file that a ``literalinclude`` asks for."""
+"""What a page quotes of the source: the lines of a ``literalinclude``, the function of a ``handbook-maths``."""
 
 from __future__ import annotations
 
 import ast
 import textwrap
+from pathlib import Path
 
+from handbook_src.catalogue.docstring import definition
 from handbook_src.errors import DataError
 
 
@@ -27,6 +29,26 @@ def excerpt(source: str, options: dict[str, str]) -> str:
     if "lines" in options:
         lines = [lines[i - 1] for i in numbers(options["lines"], len(lines))]
     return textwrap.dedent("\n".join(lines))
+
+
+def maths(name: str) -> tuple[Path, str]:
+    """The file and the source of a public name of the package (``functional.rms_norm``), without its docstring.
+
+    Raises:
+        DataError: the package has no such name.
+    """
+    found = definition(f"handbook_src.{name}")
+    if found is None:
+        raise DataError(
+            "handbook-maths", got=name, want="a public name, such as functional.rms_norm", remedy="Check it."
+        )
+    _, file, node = found
+    lines = file.read_text("utf8").splitlines()
+    first, last = min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.end_lineno or node.lineno
+    if ast.get_docstring(node) is None:
+        return file, "\n".join(lines[first - 1 : last])
+    words = node.body[0]
+    return file, "\n".join(lines[first - 1 : words.lineno - 1] + lines[words.end_lineno : last])
 
 
 def extent(tree: ast.Module, dotted: str) -> tuple[int, int]:

@@ -95,6 +95,16 @@ def test_quoted_source_is_the_source(context: colab.Context) -> None:
     assert "def resolve(" not in out
 
 
+def test_quoted_maths_is_the_function_without_its_docstring(context: colab.Context) -> None:
+    out = colab.plain("```{handbook-maths} functional.rms_norm\n:caption: RMS norm\n```", context)
+    assert "handbook_src/functional/normalisation/norm.py`]" in out
+    assert '@operation(widens="x")\ndef rms_norm(' in out
+    assert "torch.sqrt(mean_square + eps)" in out
+    assert "Zhang" not in out
+    with pytest.raises(DataError, match="no_such_norm"):
+        colab.plain("```{handbook-maths} functional.no_such_norm\n```", context)
+
+
 SOURCE = (
     "import os\n\n@cache\ndef f():\n    # [a]\n    x = 1\n    # [b]\n    return x\n\n"
     "class C:\n    def g(self):\n        pass\n"

@@ -18,6 +18,7 @@ soon as a single feature passes 255 (255.9 squared is its largest number).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +27,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.check import check_size
-from handbook_src.dispatch import Backend, resolve
+from handbook_src.dispatch import Backend
 from handbook_src.functional.normalisation.norm_input import (
     as_shape,
-    candidates,
     check_channels,
     check_count,
     check_groups,
     check_input,
     check_running,
     check_trailing,
+    kernel,
+    like_torchs,
+    one_dtype,
 )
-from handbook_src.precision import at_least_float32, statistic_dtype
+from handbook_src.operation import operation
+from handbook_src.precision import statistic_dtype
+
+Stat = Tensor | None  # one entry a channel, where it is given
 
 
 def standardise(x: Float[Tensor, "*shape"], axes: tuple[int, ...], eps: float) -> Float[Tensor, "*shape"]:
@@ -58,9 +64,10 @@ def standardise(x: Float[Tensor, "*shape"], axes: tuple[int, ...], eps: float) -
     """
     centred = x - x.mean(axes, keepdim=True)
     variance = centred.square().mean(axes, keepdim=True)
-    return centred * torch.rsqrt(variance + eps)
+    return centred / torch.sqrt(variance + eps)
 
 
+@operation(widens="x")
 def layer_norm(
     x: Float[Tensor, "*shape"],
     normalized_shape: int | Sequence[int],
@@ -93,21 +100,30 @@ def layer_norm(
     Source:
         Ba, Kiros & Hinton 2016, eq. 3 and 4, arXiv:1607.06450
     """
-    shape = as_shape(normalized_shape)
+    x_hat = standardise(x, trailing(normalized_shape), eps)  # (x_i - mu) / sqrt(sigma^2 + eps)
+    return affine(x_hat, weight, bias)  # w_i x_hat_i + b_i
+
+
+@layer_norm.refuses
+def _(x: Tensor, normalized_shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     check_input("layer_norm", x, eps)
-    check_trailing("layer_norm", x, shape, weight, bias)
-    runs = resolve("layer_norm", backend, candidates(backend, x, weight, bias, mixed=not x.is_cuda, triton=True))
-    if runs == "torch":
-        return F.layer_norm(x, shape, weight, bias, eps)
-    if runs == "triton":
-        from handbook_src.kernels.norm import layer_norm_triton
-
-        flat = layer_norm_triton(x.flatten(-len(shape)), _flat(weight), _flat(bias), eps)
-        return flat.view(x.shape)
-    x_hat = standardise(at_least_float32(x), tuple(range(-len(shape), 0)), eps)
-    return _affine(x_hat, weight, bias).to(x.dtype)
+    check_trailing("layer_norm", x, as_shape(normalized_shape), weight, bias)
 
 
+@layer_norm.torch(needs=lambda x, weight, bias: one_dtype(x, weight, bias, mixed=not x.is_cuda))
+def _(x: Tensor, normalized_shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, as_shape(normalized_shape), weight, bias, eps)
+
+
+@layer_norm.triton(needs=lambda x, weight, bias: kernel(x, weight, bias))
+def _(x: Tensor, normalized_shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    from handbook_src.kernels.norm import layer_norm_triton
+
+    flat = layer_norm_triton(x.flatten(-len(as_shape(normalized_shape))), _flat(weight), _flat(bias), eps)
+    return flat.view(x.shape)
+
+
+@operation(widens="x")
 def rms_norm(
     x: Float[Tensor, "*shape"],
     weight: Float[Tensor, "*features"] | None = None,
@@ -136,22 +152,32 @@ def rms_norm(
     Source:
         Zhang & Sennrich 2019, eq. 4, arXiv:1910.07467
     """
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    mean_square = x.square().mean(tuple(range(-axes, 0)), keepdim=True)  # 1/d sum_j x_j^2
+    y = x / torch.sqrt(mean_square + eps)  # y_i = x_i / sqrt(... + eps)
+    return y if weight is None else y * weight  #       * w_i
+
+
+@rms_norm.refuses
+def _(x: Tensor, weight: Tensor | None, eps: float | None, axes: int) -> None:
     check_input("rms_norm", x, eps, optional=True)
     check_size("rms_norm", "axes", axes)
     check_trailing("rms_norm", x, tuple(x.shape[-axes:]), weight, None)
-    eps = torch.finfo(statistic_dtype(x)).eps if eps is None else eps
-    runs = resolve("rms_norm", backend, candidates(backend, x, weight, mixed=False, triton=True))
-    if runs == "torch":
-        return F.rms_norm(x, x.shape[-axes:], weight, eps)
-    if runs == "triton":
-        from handbook_src.kernels.norm import rms_norm_triton
-
-        return rms_norm_triton(x.flatten(-axes), _flat(weight), eps).view(x.shape)
-    wide, last = at_least_float32(x), tuple(range(-axes, 0))
-    mean_square = wide.square().mean(last, keepdim=True)
-    return _affine(wide * torch.rsqrt(mean_square + eps), weight, None).to(x.dtype)
 
 
+@rms_norm.torch(needs=lambda x, weight: one_dtype(x, weight))
+def _(x: Tensor, weight: Tensor | None, eps: float | None, axes: int) -> Tensor:
+    return F.rms_norm(x, x.shape[-axes:], weight, _or_machine_epsilon(eps, x))
+
+
+@rms_norm.triton(needs=lambda x, weight: kernel(x, weight))
+def _(x: Tensor, weight: Tensor | None, eps: float | None, axes: int) -> Tensor:
+    from handbook_src.kernels.norm import rms_norm_triton
+
+    return rms_norm_triton(x.flatten(-axes), _flat(weight), _or_machine_epsilon(eps, x)).view(x.shape)
+
+
+@operation(widens="x")
 def batch_norm(
     x: Float[Tensor, "b channels *spatial"],
     running_mean: Float[Tensor, " channels"] | None,
@@ -192,23 +218,39 @@ def batch_norm(
     Source:
         Ioffe & Szegedy 2015, algorithms 1 and 2, arXiv:1502.03167
     """
+    axes = (0, *range(2, x.ndim))  # all but the channels
+    if training:
+        x_hat = standardise(x, axes, eps)  # (x - mu_c) / sqrt(sigma_c^2 + eps)
+        track(running_mean, running_var, x, axes, momentum)
+    else:
+        x_hat = standardise_with(running_mean, running_var, x, eps)
+    return affine(x_hat, per_channel(weight, x), per_channel(bias, x))
+
+
+@batch_norm.refuses
+def _(
+    x: Tensor,
+    running_mean: Stat,
+    running_var: Stat,
+    weight: Stat,
+    bias: Stat,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> None:
     check_input("batch_norm", x, eps)
     check_channels("batch_norm", x, running_mean, running_var, weight, bias)
     check_running("batch_norm", running_mean, running_var, momentum, required=not training)
     if training and x.numel():
         check_count("batch_norm", x, x.shape[0] * x.shape[2:].numel(), "batch and positions")
-    parameters = (weight, bias, running_mean, running_var)
-    if resolve("batch_norm", backend, candidates(backend, x, *parameters, mixed=True)) == "torch":
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    wide, axes = at_least_float32(x), (0, *range(2, x.ndim))
-    if training:
-        _track(running_mean, running_var, wide, axes, momentum)
-        x_hat = standardise(wide, axes, eps)
-    else:
-        x_hat = _with_running(wide, running_mean, running_var, eps)
-    return _affine(x_hat, _per_channel(weight, x), _per_channel(bias, x)).to(x.dtype)
 
 
+@batch_norm.torch(needs=like_torchs)
+def _(*given: Any) -> Tensor:
+    return F.batch_norm(*given)
+
+
+@operation(widens="x")
 def instance_norm(
     x: Float[Tensor, "b channels *spatial"],
     running_mean: Float[Tensor, " channels"] | None = None,
@@ -248,25 +290,43 @@ def instance_norm(
     Source:
         Ulyanov, Vedaldi & Lempitsky 2016, eq. 4, arXiv:1607.08022
     """
+    axes = tuple(range(2, x.ndim))  # the positions
+    if use_input_stats:
+        x_hat = standardise(x, axes, eps)  # (x - mu_bc) / sqrt(sigma_bc^2 + eps)
+        track(running_mean, running_var, x, axes, momentum)
+    else:
+        x_hat = standardise_with(running_mean, running_var, x, eps)
+    return affine(x_hat, per_channel(weight, x), per_channel(bias, x))
+
+
+@instance_norm.refuses
+def _(
+    x: Tensor,
+    running_mean: Stat,
+    running_var: Stat,
+    weight: Stat,
+    bias: Stat,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+) -> None:
     check_input("instance_norm", x, eps)
     check_channels("instance_norm", x, running_mean, running_var, weight, bias, spatial=True)
     check_running("instance_norm", running_mean, running_var, momentum, required=not use_input_stats)
     if use_input_stats:
         check_count("instance_norm", x, x[0:1, 0:1].numel() if len(x) else 2, "positions")
-        if x.shape[0] == 0:  # no samples, nothing to track: their mean is NaN, in torch's operation too
-            running_mean = running_var = None
-    parameters = (weight, bias, running_mean, running_var)
-    if resolve("instance_norm", backend, candidates(backend, x, *parameters, mixed=True)) == "torch":
-        return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    wide, axes = at_least_float32(x), tuple(range(2, x.ndim))
-    if use_input_stats:
-        _track(running_mean, running_var, wide, axes, momentum)
-        x_hat = standardise(wide, axes, eps)
-    else:
-        x_hat = _with_running(wide, running_mean, running_var, eps)
-    return _affine(x_hat, _per_channel(weight, x), _per_channel(bias, x)).to(x.dtype)
 
 
+@instance_norm.torch(needs=like_torchs)
+def _(
+    x: Tensor, running_mean: Stat, running_var: Stat, weight: Stat, bias: Stat, use_input_stats: bool, *rest: Any
+) -> Tensor:
+    if use_input_stats and len(x) == 0:  # nothing to track: the mean of no samples is NaN, in torch's operation too
+        running_mean = running_var = None
+    return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, *rest)
+
+
+@operation(widens="x")
 def group_norm(
     x: Float[Tensor, "b channels *spatial"],
     num_groups: int,
@@ -300,34 +360,45 @@ def group_norm(
     Source:
         Wu & He 2018, eq. 7, arXiv:1803.08494
     """
+    grouped = rearrange(x, "b (g c) ... -> b g (c ...)", g=num_groups)
+    x_hat = standardise(grouped, (-1,), eps).reshape(x.shape)
+    return affine(x_hat, per_channel(weight, x), per_channel(bias, x))
+
+
+@group_norm.refuses
+def _(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     check_input("group_norm", x, eps)
     check_channels("group_norm", x, weight, bias)
     check_groups("group_norm", num_groups, x.shape[1])
-    able = candidates(backend, x, weight, bias, mixed=not x.is_cuda)
-    if x.numel() == num_groups and x.shape[0] == 1:  # torch refuses this one shape; the answer is the bias
-        able["torch"] = "more than one value per group"
-    if resolve("group_norm", backend, able) == "torch":
-        return F.group_norm(x, num_groups, weight, bias, eps)
-    grouped = rearrange(at_least_float32(x), "b (groups c) ... -> b groups (c ...)", groups=num_groups)
-    x_hat = standardise(grouped, (-1,), eps).reshape(x.shape)
-    return _affine(x_hat, _per_channel(weight, x), _per_channel(bias, x)).to(x.dtype)
 
 
-def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _torch_groups(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """What torch's operation lacks; it refuses one value a group, where the answer is the bias."""
+    alone = x.numel() == num_groups and x.shape[0] == 1
+    return "more than one value per group" if alone else one_dtype(x, weight, bias, mixed=not x.is_cuda)
+
+
+@group_norm.torch(needs=_torch_groups)
+def _(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.group_norm(x, num_groups, weight, bias, eps)
+
+
+def affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    r"""Scale and shift: :math:`w \odot \hat x + b`, each where it is given."""
     y = x_hat if weight is None else x_hat * weight
     return y if bias is None else y + bias
 
 
-def _per_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+def per_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """A column of one entry a channel, so that it broadcasts over the positions."""
     return None if parameter is None else parameter.view(-1, *[1] * (x.ndim - 2))
 
 
-def _flat(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.flatten()
+def track(mean: Tensor | None, var: Tensor | None, x: Tensor, axes: tuple[int, ...], momentum: float) -> None:
+    r"""Move the running statistics in place, :math:`\mu \leftarrow (1 - m)\, \mu + m\, \mu_x`.
 
-
-def _track(mean: Tensor | None, var: Tensor | None, x: Tensor, axes: tuple[int, ...], momentum: float) -> None:
-    """Move the running statistics towards those of ``x``, averaged over the samples."""
+    Those of ``x`` are averaged over the samples; the variance is the unbiased one.
+    """
     if mean is None or var is None or x.numel() == 0:
         return
     with torch.no_grad():
@@ -336,8 +407,23 @@ def _track(mean: Tensor | None, var: Tensor | None, x: Tensor, axes: tuple[int, 
             running.lerp_(batch.mean(0).flatten().to(running.dtype), momentum)
 
 
-def _with_running(x: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> Tensor:
+def standardise_with(mean: Tensor | None, var: Tensor | None, x: Tensor, eps: float) -> Tensor:
+    """Standardise with statistics that are given, one of each a channel."""
     assert mean is not None  # check_running has refused the rest
     assert var is not None
     column = (-1, *[1] * (x.ndim - 2))
-    return (x - mean.to(x.dtype).view(column)) * torch.rsqrt(var.to(x.dtype).view(column) + eps)
+    mu, variance = mean.to(x.dtype).view(column), var.to(x.dtype).view(column)
+    return (x - mu) / torch.sqrt(variance + eps)
+
+
+def trailing(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The last axes, as many as ``normalized_shape`` has entries: ``(-2, -1)`` for ``(3, 5)``."""
+    return tuple(range(-len(as_shape(normalized_shape)), 0))
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.flatten()
+
+
+def _or_machine_epsilon(eps: float | None, x: Tensor) -> float:
+    return torch.finfo(statistic_dtype(x)).eps if eps is None else eps

@@ -193,6 +193,27 @@ def check_momentum(name: str, momentum: float | None) -> None:
         check_probability(name, "momentum", momentum, remedy, below_one=False)
 
 
+def one_dtype(x: Tensor, *parameters: Tensor | None, mixed: bool = False) -> str | None:
+    """What torch's operation lacks: parameters of the dtype of ``x``, or float32 beside halves if ``mixed``."""
+    dtypes = {p.dtype for p in parameters if p is not None}
+    fits = dtypes <= {x.dtype} or (mixed and x.dtype.itemsize == 2 and dtypes == {float32})
+    return None if fits else f"parameters of dtype {x.dtype}"
+
+
+def like_torchs(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> str | None:
+    """What torch's batch and instance norm lack."""
+    return one_dtype(x, running_mean, running_var, weight, bias, mixed=True)
+
+
+def kernel(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """What the handbook's kernel lacks. Nobody has measured it faster than torch's own operation yet."""
+    if x.dtype == float64:
+        return "float16, bfloat16 or float32 activations: the kernel adds in float32"
+    return needs_for_triton(x, *parameters)
+
+
 def candidates(
     backend: Backend, x: Tensor, *parameters: Tensor | None, mixed: bool, triton: bool = False
 ) -> dict[Resolved, str | None]:
