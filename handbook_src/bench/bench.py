@@ -120,8 +120,8 @@ def bench(
 
 def _statistics(mine: Sequence[float], base: Sequence[float], bytes_moved: int) -> dict[str, Any]:
     low, ms, high = _quartiles(mine)
-    logs = ([math.log(t) for t in side] for side in (base, mine))
-    ratio, ratio_low, ratio_high = map(math.exp, confidence(*logs, paired=True, interval="t"))
+    theirs, ours = ([math.log(t) for t in side] for side in (base, mine))
+    ratio, ratio_low, ratio_high = map(math.exp, confidence(theirs, ours, paired=True, interval="t"))
     return {
         "ms": ms,
         "ms_low": low,
