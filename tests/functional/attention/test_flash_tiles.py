@@ -161,6 +161,9 @@ def test_what_it_refuses() -> None:
         Tiles(0, 4)
     with refuses(ConfigError, "6", "7"):
         Tiles.fitting(6, 1)
+    with refuses(ConfigError, "fast memory", 34, "at least 35"):  # 4 e + 3
+        Tiles.fitting(34, 8)
+    assert Tiles.fitting(35, 8) == Tiles(1, 1)
     with refuses(ConfigError, "2.5"):
         Tiles.fitting(100, 2.5)  # type: ignore[arg-type]
     with refuses(ConfigError, "64"):

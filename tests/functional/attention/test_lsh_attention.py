@@ -491,6 +491,9 @@ def test_refusals_of_sizes(bad: Any) -> None:
             lsh_rotations(1, 1, 1, buckets)
     with refuses(ConfigError, "chunk", repr(bad)):
         lsh_factors(8, bad)
+    if bad != 0:
+        with refuses(ConfigError, "lsh_factors t", repr(bad)):
+            lsh_factors(bad, 8)
 
 
 @pytest.mark.refusal(LSH)

@@ -60,6 +60,15 @@ def test_a_layout_for_each_head_and_a_further_mask() -> None:
 
 
 @pytest.mark.law(BIGBIRD)
+@pytest.mark.parametrize("ends", [0, 1, 2, 3])
+def test_so_many_blocks_at_each_end_see_all_and_are_seen(ends: int) -> None:
+    layout = bigbird_layout(12, window=1, random=0, ends=ends)
+    all_seeing = layout.all(1)
+    assert all_seeing.equal(layout.all(0))
+    assert all_seeing.tolist() == [True] * ends + [False] * (12 - 2 * ends) + [True] * ends
+
+
+@pytest.mark.law(BIGBIRD)
 @pytest.mark.parametrize("blocks", [1, 2, 5, 16, 40])
 def test_each_row_sees_its_window_the_ends_and_as_many_drawn_blocks_as_asked(blocks: int) -> None:
     i = torch.arange(blocks)

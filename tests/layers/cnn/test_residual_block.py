@@ -251,6 +251,6 @@ def test_bottleneck_refuses():
         Bottleneck(4, 16, groups=3)
     with refuses(ConfigError, "groups", 0):
         Bottleneck(4, 16, groups=0)
-    for stride in ((1, 2, 3), (0, 1), (1, 0), 1.5, True, None, ()):
+    for stride in ((1, 2, 3), (0, 1), (1, 0), (2,), 1.5, True, None, ()):
         with refuses(ConfigError, "Bottleneck stride"):
             Bottleneck(4, 16, stride)
