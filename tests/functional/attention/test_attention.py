@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -363,14 +362,6 @@ def test_a_learned_bias_gets_its_gradient() -> None:
         lambda m: torch_math(q, k, v, m.masked_fill(~causal.dense(5), -math.inf)),
         [bias],
     )
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch the shape checker off: dynamo cannot trace it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.registration(SDPA, "attention-masks")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -428,14 +427,6 @@ def test_second_derivatives(backend: str) -> None:
     assert torch.autograd.gradgradcheck(
         lambda qk, v: lsh_attention(qk, v, rotations, chunk=2, causal=True, backend=backend), (qk, v)
     )
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch the shape checker off: dynamo cannot trace it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.registration(LSH)

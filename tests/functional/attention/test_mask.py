@@ -6,9 +6,8 @@ import copy
 import itertools
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,14 +115,6 @@ def test_rules_form_a_boolean_algebra(a: Mask, b: Mask) -> None:
     same(a | ~a, full)
     torch.testing.assert_close(four(a & b, 6, 6), four(a, 6, 6) & four(b, 6, 6))
     torch.testing.assert_close(four(a | b, 6, 6), four(a, 6, 6) | four(b, 6, 6))
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch the shape checker off: neither dynamo nor vmap can trace it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parity("attention-masks")

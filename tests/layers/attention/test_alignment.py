@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -97,14 +94,6 @@ def test_dot_has_no_parameters_and_general_is_dot_when_it_is_the_identity() -> N
         general.weight.copy_(torch.eye(4))
     query, memory = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     torch.testing.assert_close(dot(query, memory), general(query, memory))
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch the shape checker off: dynamo cannot trace it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.registration(*BOTH)

@@ -115,7 +115,7 @@ def test_state_pickle_half_precision_and_repr(name: str) -> None:
         assert layer(torch.randn(b, t, 8)).shape == (b, t, 8)
 
 
-@every("registration")
+@every("registration", "chunked", "dilated, causal", "strided", "fixed")  # their options: the functions' tests
 @pytest.mark.usefixtures("unchecked")
 def test_compiles_without_a_graph_break(name: str) -> None:
     layer, x = make(name), torch.randn(2, 9, 8)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -185,14 +183,6 @@ def test_state_dict_copies_precision_devices() -> None:
     assert not torch.equal(layer.latents, before)
     assert layer.latents.abs().max() <= 2
     assert "repeats=3" in repr(layer)
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch the shape checker off: dynamo cannot trace it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.registration(ID)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -132,14 +130,6 @@ def test_state_dict_copies_precision_devices() -> None:
     assert not torch.equal(layer.qk_proj.weight, before)
     assert "rounds=4" in repr(layer)
     assert "buckets=[2, 4]" in repr(LSHAttention(8, 2, buckets=[2, 4]))
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch the shape checker off: dynamo cannot trace it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.registration(REFORMER)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -95,14 +93,6 @@ def test_state_dict_copies_and_print() -> None:
     assert "recompute" not in repr(other)
     low = other.bfloat16()(x.bfloat16(), x.bfloat16())[0]
     assert low.dtype == torch.bfloat16
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch the shape checker off: dynamo cannot trace it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.registration(REFORMER)
