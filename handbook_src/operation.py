@@ -22,6 +22,10 @@ HALVES = (torch.float16, torch.bfloat16)
 class Operation(Protocol[P, R]):
     """A function of the maths, with what hangs on it."""
 
+    __name__: str
+    #: the function itself, without checks and ways: for maths that builds on it
+    maths: Callable[..., Any]
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     def refuses(self, check: Callable[..., None]) -> Callable[..., None]:
@@ -34,7 +38,7 @@ class Operation(Protocol[P, R]):
         """Add the handbook's kernel; ``needs`` as above."""
 
 
-def operation(*, widens: str = "") -> Callable[[Callable[P, R]], Operation[P, R]]:
+def operation(*, widens: str = "", needs: Needs | None = None) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Make an operation of a function that is nothing but the maths.
 
     Checks and faster ways hang on it, as with :func:`functools.singledispatch`, and name the
@@ -58,12 +62,14 @@ def operation(*, widens: str = "") -> Callable[[Callable[P, R]], Operation[P, R]
     Args:
         widens: names of arguments that reach the maths in float32 where they are halves; the
             answer is then rounded once, to the dtype of the first of them.
+        needs: says what the maths lacks for these arguments, None for nothing.
     """
 
     def decorate(maths: Callable[P, R]) -> Operation[P, R]:
-        inside = _Operation(maths, widens.split())
+        inside = _Operation(maths, widens.split(), needs)
         call: Any = _with_the_signature_of(maths, inside.run)
         call.refuses, call.torch, call.triton = inside.refuses, inside.torch, inside.triton
+        call.maths = maths
         return cast(Operation[P, R], call)
 
     return decorate
@@ -82,7 +88,7 @@ class _Way(NamedTuple):
 class _Operation:
     """What stands behind the function that users call; arguments come as a tuple, in the order of the signature."""
 
-    def __init__(self, maths: Callable[..., Any], widens: list[str]) -> None:
+    def __init__(self, maths: Callable[..., Any], widens: list[str], needs: Needs | None) -> None:
         parameters = inspect.signature(maths).parameters
         self.maths = maths
         self.names = [name for name in parameters if name != "backend"]
@@ -90,6 +96,7 @@ class _Operation:
         self.widens = self.places(widens)
         self.checks: list[tuple[Callable[..., None], list[int]]] = []
         self.ways: dict[str, _Way] = {}
+        self.itself = _Way(self.reference, [], needs, self.read_by(needs) if needs else [])
 
     def run(self, given: tuple[Any, ...], backend: str) -> Any:
         for check, reads in self.checks:
@@ -102,17 +109,16 @@ class _Operation:
             for way in self.ways.values():
                 if way.lacks(given) is None:
                     return way
-            return None
         lacks: dict[Any, str | None] = {name: way.lacks(given) for name, way in self.ways.items()}
-        resolve(self.maths.__name__, cast(Any, backend), {**lacks, "reference": None})
-        return self.ways.get(backend)
+        lacks["reference"] = self.itself.lacks(given)
+        return self.ways.get(resolve(self.maths.__name__, cast(Any, backend), lacks))
 
     def reference(self, given: tuple[Any, ...]) -> Any:
         halves = [i for i in self.widens if isinstance(given[i], Tensor) and given[i].dtype in HALVES]
         wide = tuple(g.float() if i in halves else g for i, g in enumerate(given)) if halves else given
         by_name = dict(zip(self.names[self.positional :], wide[self.positional :], strict=True))
         y = self.maths(*wide[: self.positional], **by_name)
-        return y.to(given[self.widens[0]].dtype) if halves else y
+        return y.to(given[self.widens[0]].dtype) if self.widens else y
 
     def places(self, names: list[str]) -> list[int]:
         return [self.names.index(name) for name in names]

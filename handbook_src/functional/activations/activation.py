@@ -12,7 +12,8 @@ NaN, here as in torch.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.check import check_finite, check_floating, check_positive, check_probability
-from handbook_src.dispatch import Backend, Resolved, resolve
+from handbook_src.dispatch import Backend
 from handbook_src.errors import ConfigError, ShapeError
-from handbook_src.precision import at_least_float32
+from handbook_src.operation import operation
 
 #: The two constants of SELU, from :math:`E[f(z)] = 0` and :math:`E[f(z)^2] = 1` for a standard normal z.
 SELU_ALPHA = 1.6732632423543772848170429916717
 SELU_LAMBDA = 1.0507009873554804934193349852946
 
 
+def _not_in_place(inplace: bool) -> str | None:
+    return "inplace=False: the written-out maths makes a new tensor" if inplace else None
+
+
+@operation(needs=_not_in_place)
 def relu(x: Float[Tensor, "*shape"], inplace: bool = False, *, backend: Backend = "auto") -> Float[Tensor, "*shape"]:
     r"""Keep what is positive, replace the rest by zero.
 
@@ -48,11 +54,10 @@ def relu(x: Float[Tensor, "*shape"], inplace: bool = False, *, backend: Backend 
     Source:
         Nair & Hinton 2010, section 2 (rectified linear units); Glorot, Bordes & Bengio 2011, section 3
     """
-    if _runs("relu", x, backend, inplace) == "torch":
-        return F.relu(x, inplace)
-    return torch.where(x <= 0, 0.0, x)
+    return torch.where(x <= 0, 0.0, x)  # max(x, 0), and NaN for NaN
 
 
+@operation(widens="x", needs=_not_in_place)
 def leaky_relu(
     x: Float[Tensor, "*shape"], negative_slope: float = 0.01, inplace: bool = False, *, backend: Backend = "auto"
 ) -> Float[Tensor, "*shape"]:
@@ -76,17 +81,19 @@ def leaky_relu(
     Source:
         Maas, Hannun & Ng 2013, section 2
     """
+    return torch.where(x > 0, x, negative_slope * x)  # x, or a x
+
+
+@leaky_relu.refuses
+def _(negative_slope: float, inplace: bool) -> None:
     check_finite("leaky_relu", "negative_slope", negative_slope)
     if inplace and negative_slope < 0:  # the sign of x, which the gradient needs, is gone from the result
         raise ConfigError(
             "leaky_relu negative_slope", got=negative_slope, want="at least 0 with inplace", remedy="Drop inplace."
         )
-    if _runs("leaky_relu", x, backend, inplace) == "torch":
-        return F.leaky_relu(x, negative_slope, inplace)
-    wide = at_least_float32(x)
-    return torch.where(wide > 0, wide, negative_slope * wide).to(x.dtype)
 
 
+@operation(widens="x weight")
 def prelu(
     x: Float[Tensor, "*shape"], weight: Float[Tensor, "*one_or_channels"], *, backend: Backend = "auto"
 ) -> Float[Tensor, "*shape"]:
@@ -110,26 +117,29 @@ def prelu(
     Source:
         He, Zhang, Ren & Sun 2015, eq. 1 and 3, arXiv:1502.01852
     """
+    a = weight.reshape(()) if weight.numel() == 1 else weight.view(-1, *[1] * (x.ndim - 2))  # channels are axis 1
+    return torch.where(x > 0, x, a * x.clamp(max=0))  # clamped: 0 * inf in the slope's gradient
+
+
+@prelu.refuses
+def _(x: Tensor, weight: Tensor) -> None:
     check_floating("prelu", weight)
-    slopes = weight.numel()
-    channels = 1 if slopes == 1 or x.ndim < 2 else x.shape[1]
-    if weight.ndim > 1 or slopes not in (1, channels):
+    channels = 1 if weight.numel() == 1 or x.ndim < 2 else x.shape[1]
+    if weight.ndim > 1 or weight.numel() not in (1, channels):
         raise ShapeError(
             "prelu weight",
             got=f"{tuple(weight.shape)} for an input of shape {tuple(x.shape)}",
             want=f"one slope, shape (1,), or {channels}: one for each channel of axis 1",
             remedy="Build the layer with num_parameters=1 or the number of channels.",
         )
-    same = None if weight.dtype == x.dtype else f"a weight of dtype {x.dtype}"
-    if _runs("prelu", x, backend, torch_lacks=same) == "torch":
-        return F.prelu(x, weight)
-    wide, slope = at_least_float32(x), at_least_float32(weight)
-    slope = slope.reshape(()) if slopes == 1 else slope.view(-1, *[1] * (x.ndim - 2))
-    return torch.where(wide > 0, wide, slope * wide.clamp(max=0)).to(
-        x.dtype
-    )  # clamped: 0 * inf in the slope's gradient
 
 
+@prelu.torch(needs=lambda x, weight: None if weight.dtype == x.dtype else f"a weight of dtype {x.dtype}")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return F.prelu(x, weight)
+
+
+@operation(widens="x", needs=_not_in_place)
 def elu(
     x: Float[Tensor, "*shape"], alpha: float = 1.0, inplace: bool = False, *, backend: Backend = "auto"
 ) -> Float[Tensor, "*shape"]:
@@ -156,12 +166,15 @@ def elu(
     Source:
         Clevert, Unterthiner & Hochreiter 2015, section 3, arXiv:1511.07289
     """
+    return torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0)))  # clamped: inf * 0 in the branch not taken
+
+
+@elu.refuses
+def _(alpha: float) -> None:
     check_positive("elu", "alpha", alpha)
-    if _runs("elu", x, backend, inplace) == "torch":
-        return F.elu(x, alpha, inplace)
-    return _elu(at_least_float32(x), alpha).to(x.dtype)
 
 
+@operation(widens="x", needs=_not_in_place)
 def selu(x: Float[Tensor, "*shape"], inplace: bool = False, *, backend: Backend = "auto") -> Float[Tensor, "*shape"]:
     r"""ELU, scaled so that mean 0 and variance 1 reproduce themselves from layer to layer.
 
@@ -184,11 +197,10 @@ def selu(x: Float[Tensor, "*shape"], inplace: bool = False, *, backend: Backend 
     Source:
         Klambauer, Unterthiner, Mayr & Hochreiter 2017, eq. 2, constants in eq. 14, arXiv:1706.02515
     """
-    if _runs("selu", x, backend, inplace) == "torch":
-        return F.selu(x, inplace)
-    return (SELU_LAMBDA * _elu(at_least_float32(x), SELU_ALPHA)).to(x.dtype)
+    return SELU_LAMBDA * elu.maths(x, SELU_ALPHA)
 
 
+@operation(widens="x")
 def gelu(
     x: Float[Tensor, "*shape"], *, approximate: Literal["none", "tanh"] = "none", backend: Backend = "auto"
 ) -> Float[Tensor, "*shape"]:
@@ -216,19 +228,26 @@ def gelu(
     Source:
         Hendrycks & Gimpel 2016, section 2, arXiv:1606.08415
     """
+    if approximate == "none":
+        return 0.5 * x * torch.erfc(-x / math.sqrt(2))  # x Phi(x)
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return 0.5 * x * (1 + tanh.maths(inner))
+
+
+@gelu.refuses
+def _(approximate: str) -> None:
     if approximate not in ("none", "tanh"):
         raise ConfigError(
             "gelu approximate", got=repr(approximate), want="'none' or 'tanh'", remedy="GPT-2's gelu_new is 'tanh'."
         )
-    if _runs("gelu", x, backend) == "torch":
-        return F.gelu(x, approximate=approximate)
-    wide = at_least_float32(x)
-    if approximate == "none":
-        return (0.5 * wide * torch.erfc(-wide / math.sqrt(2))).to(x.dtype)
-    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
-    return (0.5 * wide * (1 + _tanh(inner))).to(x.dtype)
 
 
+@gelu.torch()
+def _(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+@operation(widens="x", needs=_not_in_place)
 def silu(x: Float[Tensor, "*shape"], inplace: bool = False, *, backend: Backend = "auto") -> Float[Tensor, "*shape"]:
     r"""The input times its own sigmoid: :func:`swish` with :math:`\beta = 1`.
 
@@ -247,12 +266,10 @@ def silu(x: Float[Tensor, "*shape"], inplace: bool = False, *, backend: Backend 
     Source:
         Elfwing, Uchibe & Doya 2017, section 2, arXiv:1702.03118
     """
-    if _runs("silu", x, backend, inplace) == "torch":
-        return F.silu(x, inplace)
-    wide = at_least_float32(x)
-    return (wide * _sigmoid(wide)).to(x.dtype)
+    return x * sigmoid.maths(x)
 
 
+@operation(widens="x")
 def swish(
     x: Float[Tensor, "*shape"], beta: float | Float[Tensor, ""] = 1.0, *, backend: Backend = "auto"
 ) -> Float[Tensor, "*shape"]:
@@ -277,22 +294,27 @@ def swish(
     Source:
         Ramachandran, Zoph & Le 2017, section 4, arXiv:1710.05941
     """
-    if isinstance(beta, Tensor):
-        check_floating("swish", beta)
-        if beta.ndim != 0:
-            raise ShapeError(
-                "swish beta", got=tuple(beta.shape), want="a scalar, shape ()", remedy="Reshape it with reshape(())."
-            )
-    else:
+    return x * sigmoid.maths(beta * x)
+
+
+@swish.refuses
+def _(beta: float | Tensor) -> None:
+    if not isinstance(beta, Tensor):
         check_finite("swish", "beta", beta)
-    if _runs("swish", x, backend) == "torch":
-        if not isinstance(beta, Tensor) and beta == 1:
-            return F.silu(x)
-        return x * torch.sigmoid(beta * x)
-    wide = at_least_float32(x)
-    return (wide * _sigmoid(beta * wide)).to(x.dtype)
+        return
+    check_floating("swish", beta)
+    if beta.ndim != 0:
+        raise ShapeError(
+            "swish beta", got=tuple(beta.shape), want="a scalar, shape ()", remedy="Reshape it with reshape(())."
+        )
 
 
+@swish.torch()
+def _(x: Tensor, beta: float | Tensor) -> Tensor:
+    return F.silu(x) if not isinstance(beta, Tensor) and beta == 1 else x * torch.sigmoid(beta * x)
+
+
+@operation(widens="x", needs=_not_in_place)
 def mish(x: Float[Tensor, "*shape"], inplace: bool = False, *, backend: Backend = "auto") -> Float[Tensor, "*shape"]:
     r"""The input times the hyperbolic tangent of its softplus.
 
@@ -312,12 +334,10 @@ def mish(x: Float[Tensor, "*shape"], inplace: bool = False, *, backend: Backend 
     Source:
         Misra 2019, abstract, arXiv:1908.08681
     """
-    if _runs("mish", x, backend, inplace) == "torch":
-        return F.mish(x, inplace)
-    wide = at_least_float32(x)
-    return (wide * _tanh(_softplus(wide))).to(x.dtype)
+    return x * tanh.maths(_softplus(x))
 
 
+@operation(widens="x")
 def sigmoid(x: Float[Tensor, "*shape"], *, backend: Backend = "auto") -> Float[Tensor, "*shape"]:
     r"""Squeeze a number into (0, 1).
 
@@ -335,11 +355,11 @@ def sigmoid(x: Float[Tensor, "*shape"], *, backend: Backend = "auto") -> Float[T
     Source:
         Rumelhart, Hinton & Williams 1986, eq. 2, doi:10.1038/323533a0
     """
-    if _runs("sigmoid", x, backend) == "torch":
-        return torch.sigmoid(x)
-    return _sigmoid(at_least_float32(x)).to(x.dtype)
+    e = torch.exp(_minus_abs(x))
+    return torch.where(x > 0, 1.0, e) / (1 + e)  # 1 / (1 + e^-x), or e^x / (1 + e^x)
 
 
+@operation(widens="x")
 def tanh(x: Float[Tensor, "*shape"], *, backend: Backend = "auto") -> Float[Tensor, "*shape"]:
     r"""Squeeze a number into (-1, 1), symmetrically.
 
@@ -358,11 +378,12 @@ def tanh(x: Float[Tensor, "*shape"], *, backend: Backend = "auto") -> Float[Tens
     Source:
         LeCun, Bottou, Orr & Müller 1998, Efficient BackProp, section 4.4
     """
-    if _runs("tanh", x, backend) == "torch":
-        return torch.tanh(x)
-    return _tanh(at_least_float32(x)).to(x.dtype)
+    t = torch.expm1(2 * _minus_abs(x))
+    below = t / (2 + t)  # tanh(-|x|)
+    return torch.where(x > 0, -below, below)
 
 
+@operation(widens="x", needs=_not_in_place)
 def hardsigmoid(
     x: Float[Tensor, "*shape"], inplace: bool = False, *, backend: Backend = "auto"
 ) -> Float[Tensor, "*shape"]:
@@ -383,11 +404,10 @@ def hardsigmoid(
     Source:
         Howard et al. 2019, section 5.2, arXiv:1905.02244; the slope 1/6 is theirs, older texts have 1/5
     """
-    if _runs("hardsigmoid", x, backend, inplace) == "torch":
-        return F.hardsigmoid(x, inplace)
-    return _hardsigmoid(at_least_float32(x)).to(x.dtype)
+    return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, (x + 3) / 6))  # clamp's derivative is 1 at the corners
 
 
+@operation(widens="x", needs=_not_in_place)
 def hardswish(
     x: Float[Tensor, "*shape"], inplace: bool = False, *, backend: Backend = "auto"
 ) -> Float[Tensor, "*shape"]:
@@ -409,12 +429,10 @@ def hardswish(
     Source:
         Howard et al. 2019, section 5.2, arXiv:1905.02244
     """
-    if _runs("hardswish", x, backend, inplace) == "torch":
-        return F.hardswish(x, inplace)
-    wide = at_least_float32(x)
-    return (wide * _hardsigmoid(wide)).to(x.dtype)
+    return x * hardsigmoid.maths(x)
 
 
+@operation(widens="x", needs=_not_in_place)
 def alpha_dropout(
     x: Float[Tensor, "*shape"],
     p: float = 0.5,
@@ -449,26 +467,20 @@ def alpha_dropout(
     Source:
         Klambauer, Unterthiner, Mayr & Hochreiter 2017, section 3, new dropout technique, arXiv:1706.02515
     """
-    check_probability("alpha_dropout", "p", p, below_one=False)
-    if _runs("alpha_dropout", x, backend, inplace) == "torch":
-        return F.alpha_dropout(x, p, training, inplace)
     if not training or p == 0:
         return x
     if p == 1:
         return x * 0.0
-    q, floor = 1 - p, -SELU_LAMBDA * SELU_ALPHA
+    q, floor = 1 - p, -SELU_LAMBDA * SELU_ALPHA  # kept with probability q; what is dropped falls to SELU's floor
     a = (q + floor**2 * q * p) ** -0.5
     b = -a * p * floor
-    wide, keep = at_least_float32(x), torch.empty_like(x).bernoulli_(q).bool()
-    return (a * torch.where(keep, wide, floor) + b).to(x.dtype)
+    keep = torch.empty_like(x).bernoulli_(q).bool()
+    return a * torch.where(keep, x, floor) + b
 
 
-def _runs(op: str, x: Tensor, backend: Backend, inplace: bool = False, torch_lacks: str | None = None) -> Resolved:
-    if backend == "auto" and torch_lacks is None and x.is_floating_point():
-        return "torch"  # what resolve would say, 1 us sooner: a twentieth of a ReLU of 65,536 numbers
-    check_floating(op, x)
-    reference = "inplace=False: the written-out maths makes a new tensor" if inplace else None
-    return resolve(op, backend, {"torch": torch_lacks, "reference": reference})
+@alpha_dropout.refuses
+def _(p: float) -> None:
+    check_probability("alpha_dropout", "p", p, below_one=False)
 
 
 def _minus_abs(x: Tensor) -> Tensor:
@@ -476,24 +488,32 @@ def _minus_abs(x: Tensor) -> Tensor:
     return torch.where(x > 0, -x, x)
 
 
-def _sigmoid(x: Tensor) -> Tensor:
-    e = torch.exp(_minus_abs(x))
-    return torch.where(x > 0, 1.0, e) / (1 + e)
-
-
-def _tanh(x: Tensor) -> Tensor:
-    t = torch.expm1(2 * _minus_abs(x))
-    below = t / (2 + t)  # tanh(-|x|)
-    return torch.where(x > 0, -below, below)
-
-
 def _softplus(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 0.0) + torch.log1p(torch.exp(_minus_abs(x)))
 
 
-def _hardsigmoid(x: Tensor) -> Tensor:
-    return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, (x + 3) / 6))  # clamp's derivative is 1 at the corners
+def _check_of(op: str) -> Callable[[Tensor], None]:
+    def check(x: Tensor) -> None:
+        check_floating(op, x)
+
+    return check
 
 
-def _elu(x: Tensor, alpha: float) -> Tensor:
-    return torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0)))  # clamped: inf * 0 in the branch not taken
+def _way_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Torch's own operation, argument for argument."""
+
+    def way(*given: Any) -> Tensor:
+        return function(*given)
+
+    return way
+
+
+TORCHS: dict[Any, Callable[..., Tensor]] = {
+    relu: F.relu, leaky_relu: F.leaky_relu, elu: F.elu, selu: F.selu, silu: F.silu, mish: F.mish,
+    sigmoid: torch.sigmoid, tanh: torch.tanh, hardsigmoid: F.hardsigmoid, hardswish: F.hardswish,
+    alpha_dropout: F.alpha_dropout,
+}  # fmt: skip
+for ours, torchs in TORCHS.items():
+    ours.torch()(_way_of(torchs))
+for ours in (*TORCHS, prelu, gelu, swish):
+    ours.refuses(_check_of(ours.__name__))
