@@ -105,6 +105,17 @@ def test_same_text_with_every_cache_and_without(kind: str, pick: str) -> None:
     assert torch.equal(want[:, :5], ids)
 
 
+@pytest.mark.law("gpt", "kv-cache")
+def test_a_cache_that_drops_keys_takes_a_mask_of_ones_and_padded_prompts() -> None:
+    model, ids, short = lively(), prompt(2, 9), lambda: SinkCache(0, 5)
+    want = generate(model, ids, 9, cache=short)
+    assert torch.equal(generate(model, ids, 9, cache=short, attention_mask=torch.ones_like(ids)), want)
+    padded = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
+    got = generate(model, ids, 9, cache=short, attention_mask=padded)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1, 3:], generate(model, ids[1:, 3:], 9, cache=short)[0])  # a window knows no padding
+
+
 @pytest.mark.law("gpt")
 def test_sampled_texts_follow_the_generator() -> None:
     model, ids = lively(), prompt(1, 3)

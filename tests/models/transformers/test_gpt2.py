@@ -203,12 +203,17 @@ def test_quantised_cache_stays_within_its_bound(dtype: torch.dtype, bound: float
 
 
 @pytest.mark.law("gpt", "kv-cache")
-def test_streaming_equals_the_sinks_and_window_rule() -> None:
+@pytest.mark.parametrize("padding", [None, (0, 0), (0, 4)])
+def test_streaming_equals_the_sinks_and_window_rule(padding: tuple[int, int] | None) -> None:
     model, ids = tiny(), text(2, 19)
     cache = model.new_cache(lambda: SinkCache(2, 5))
+    real = None if padding is None else torch.arange(19) >= torch.tensor(padding)[:, None]
     with torch.no_grad():
-        parts = [model(piece, cache=cache).logits for piece in ids.split(1, 1)]
-        want = model(ids, mask=window(5) | sinks(2)).logits
+        parts = [
+            model(piece, attention_mask=None if real is None else real[:, : t + 1], cache=cache).logits
+            for t, piece in enumerate(ids.split(1, 1))
+        ]
+        want = model(ids, attention_mask=real, mask=window(5) | sinks(2)).logits
     torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-10, atol=1e-12)
     assert cache[0].length == 7
     assert cache[0].seen == 19
