@@ -98,7 +98,7 @@ def test_ragged_tiles(rows, guards):
 @pytest.mark.parametrize("centre", [True, False], ids=["layer", "rms"])
 @pytest.mark.parametrize("fused", ["norm", "add", "drop", "drop-add"])
 def test_every_flag_in_every_dtype(dtype, centre, fused, path, guards):
-    x, r, w, b = drawn(4, 33, dtype, residual=dtype if "add" in fused else None)
+    x, r, w, b = drawn(4, 17, dtype, residual=dtype if "add" in fused else None)
     agree(x, r, w, b if centre else None, centre=centre, dropout=0.3 if "drop" in fused else 0.0)
 
 
@@ -258,8 +258,8 @@ def test_the_mask_is_philox():
 @pytest.mark.law(*IDS)
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_keeps_its_share(rate):
-    count = 16 * 4096
-    kept = norm.dropout_mask_triton((16, 4096), rate, SEED).sum().item()
+    count = 16 * 1024
+    kept = norm.dropout_mask_triton((16, 1024), rate, SEED).sum().item()
     assert abs(kept - count * (1 - rate)) < 5 * (count * rate * (1 - rate)) ** 0.5  # 5 deviations of the binomial
 
 
