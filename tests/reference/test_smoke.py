@@ -1,7 +1,7 @@
 """Every installed reference library imports, each in a process of its own.
 
 The processes are forked from one that has imported torch and no library: what they share is
-what each of them would import first anyway.
+what each of them would import first anyway; ten of the 22 import torch's compiler too.
 
 One broken wheel breaks others (torchvision's breaks four), and an import that
 only works after another one is found out here.
@@ -50,10 +50,11 @@ LIBRARIES = {
 
 #: Forks a process for each line of its input, a library's name and what to touch; says how it ended.
 FORKS = """
-import json, os, signal, sys, tempfile, warnings
-import torch
+import gc, json, os, signal, sys, tempfile, warnings
+import torch._dynamo
 from handbook_src.testing import oracle
 
+gc.freeze()  # or each child walks all of torch at its end, and copies its pages
 for request in sys.stdin:
     name, line = json.loads(request)
     with tempfile.TemporaryFile() as said:
