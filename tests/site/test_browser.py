@@ -97,26 +97,44 @@ def sideways(page: Any) -> int:
 PAGES = ["index", "components", "claims", "glossary", "bibliography", "api/index", "api/functional", "api/layers"]
 
 
-@pytest.mark.parametrize("visit", [DESKTOP, PHONE], ids=["desktop", "phone"], indirect=True)
+def formulas_are_rendered(page: Any, name: str) -> None:
+    wanted = page.locator("span.math, div.math").count()
+    assert page.locator("mjx-container").count() >= wanted > 0, name
+    assert page.locator("mjx-merror, mjx-container [data-mjx-error]").count() == 0, name
+    red = "els => els.filter(e => getComputedStyle(e).color === 'rgb(255, 0, 0)').map(e => e.outerHTML)"
+    unknown = page.locator("mjx-container mjx-mtext").evaluate_all(red)
+    assert unknown == [], f"{name}: an unknown macro is printed in red"
+
+
+def nothing_is_wrong(visit: Visit, name: str) -> None:
+    assert sideways(visit.page) <= 0, f"{name} scrolls sideways by {sideways(visit.page)} px"
+    assert not visit.wrong, f"{name}: {visit.wrong}"
+
+
 def test_no_page_errs_loads_from_elsewhere_or_scrolls_sideways(visit: Visit, chapter_names: list[str]) -> None:
-    names = [*(f"book/{p}" for p in PAGES), *chapter_names]
-    for theme in ("light", "dark"):
-        visit.go(f"{names[0]}.html").evaluate("t => { localStorage.mode = localStorage.theme = t }", theme)
-        for name in names:
-            page = visit.go(f"{name}.html")
-            assert page.evaluate("document.documentElement.dataset.theme") == theme
-            assert sideways(page) <= 0, f"{name} scrolls sideways by {sideways(page)} px"
-            assert not visit.wrong, f"{name}: {visit.wrong}"
+    """Each page is loaded once, and laid out at both widths in both themes.
 
-
-def test_every_formula_is_rendered(visit: Visit, chapter_names: list[str]) -> None:
-    for name in chapter_names:
+    What runs at its load asks for neither: only the style sheets do.
+    """
+    for name in [*(f"book/{p}" for p in PAGES), *chapter_names]:
         page = visit.go(f"{name}.html")
-        wanted = page.locator("span.math, div.math").count()
-        assert page.locator("mjx-container").count() >= wanted > 0, name
-        assert page.locator("mjx-merror, mjx-container [data-mjx-error]").count() == 0, name
-        red = "els => els.filter(e => getComputedStyle(e).color === 'rgb(255, 0, 0)').map(e => e.outerHTML)"
-        assert page.locator("mjx-container mjx-mtext").evaluate_all(red) == [], "an unknown macro is printed in red"
+        assert page.evaluate("document.documentElement.dataset.theme") == "light"
+        if name in chapter_names:
+            formulas_are_rendered(page, name)
+        for theme, sizes in {"light": (DESKTOP, PHONE), "dark": (PHONE, DESKTOP)}.items():
+            page.evaluate("t => { document.documentElement.dataset.theme = t }", theme)
+            for size in sizes:
+                page.set_viewport_size(size)
+                nothing_is_wrong(visit, f"{name}, {theme}, {size['width']} px")
+
+
+@pytest.mark.parametrize(("theme", "visit"), [("dark", DESKTOP), ("light", PHONE), ("dark", PHONE)], indirect=["visit"])
+def test_a_page_comes_up_in_the_chosen_theme_at_any_width(visit: Visit, chapter_names: list[str], theme: str) -> None:
+    visit.go("book/index.html").evaluate("t => { localStorage.mode = localStorage.theme = t }", theme)
+    for name in ("book/index", "book/components", "book/api/functional", chapter_names[0]):
+        page = visit.go(f"{name}.html")
+        assert page.evaluate("document.documentElement.dataset.theme") == theme
+        nothing_is_wrong(visit, name)
 
 
 @pytest.mark.parametrize("word", ["SwiGLU", "Swish", "deconvolution", "atrous"])
