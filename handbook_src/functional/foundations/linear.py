@@ -16,12 +16,14 @@ from torch import Tensor
 from handbook_src.check import check_features, check_floating
 from handbook_src.dispatch import Backend, Resolved, resolve
 from handbook_src.errors import ShapeError
+from handbook_src.operation import operation
 from handbook_src.precision import at_least_float32
 
 #: Largest intermediate, in numbers, for which ``bilinear`` contracts all outputs at once: 64 MB of float32.
 AT_ONCE = 2**24
 
 
+@operation(widens="input weight bias")
 def linear(
     input: Float[Tensor, "*lead d"],
     weight: Float[Tensor, "f d"],
@@ -48,12 +50,18 @@ def linear(
         Rosenblatt 1958, doi:10.1037/h0042519; layers of it trained by back-propagation:
         Rumelhart, Hinton & Williams 1986, eq. 1, doi:10.1038/323533a0
     """
+    y = einsum(input, weight, "... d, f d -> ... f")  # y_f = sum_d w_fd x_d
+    return y if bias is None else y + bias  # + b_f
+
+
+@linear.refuses
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_linear("linear", input, weight, bias)
-    if resolve("linear", backend, {"torch": None, "reference": None}) == "torch":
-        return F.linear(input, weight, bias)
-    x, w = at_least_float32(input), at_least_float32(weight)
-    y = einsum(x, w, "... d, f d -> ... f")
-    return (y if bias is None else y + bias).to(input.dtype)
+
+
+@linear.torch()
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(input, weight, bias)
 
 
 def bilinear(
