@@ -74,8 +74,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for report in (r for reports in terminalreporter.stats.values() for r in reports):
         if isinstance(report, pytest.TestReport):
             files[report.nodeid.partition("::")[0]] += report.duration
-            for component in report.components:
-                components[component] += report.cpu / len(report.components)
+            whose = getattr(report, "components", ())  # a notebook's cell, a crash: nobody's
+            for component in whose:
+                components[component] += report.cpu / len(whose)
     for title, seconds in (
         ("seconds of a file, slowest first", files),
         (f"seconds of one core of a component, at most {BUDGET}", components),

@@ -154,8 +154,9 @@ def test_bad_input_is_refused() -> None:
     for bad in (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)):
         with refuses(ShapeError, bad.dtype):
             char_cnn(bad, table, weights, biases)
-    with refuses(ShapeError, (2, 0), "one character"):
-        char_cnn(torch.zeros(2, 0, dtype=torch.long), table, weights, biases)
+    for shape in ((2, 0), ()):
+        with refuses(ShapeError, shape, "one character"):
+            char_cnn(torch.zeros(shape, dtype=torch.long), table, weights, biases)
     with refuses(ConfigError, "'gelu'", "tanh"):
         char_cnn(words([1]), table, weights, biases, activation="gelu")
     with refuses(ConfigError, "3 weights, 2 biases"):

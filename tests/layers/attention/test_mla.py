@@ -219,6 +219,8 @@ def test_refusals() -> None:
             MultiHeadLatentAttention(16, bad, latent_dim=4)
         with refuses(ConfigError, "capacity", bad):
             LatentCache(bad)
+    with refuses(ConfigError, "rope", 1, "at least 2"):
+        small(rope=1)
     with refuses(ConfigError, "rotary dim", 3):
         small(rope=3)
     with refuses(ConfigError, "torch.int32"):
