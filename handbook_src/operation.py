@@ -41,7 +41,7 @@ class Operation(Protocol[P, R]):
 def operation(*, widens: str = "", needs: Needs | None = None) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Make an operation of a function that is nothing but the maths.
 
-    Checks and faster ways hang on it, as with :func:`functools.singledispatch`, and name the
+    Checks and faster ways hang on it, as with ``functools.singledispatch``, and name the
     arguments that they read::
 
         @operation(widens="x")
