@@ -55,7 +55,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tiny, number):
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    rest, _ = process.communicate(timeout=20)
+    rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130, rest
     assert "1 in " in rest
     assert "goes on from there" in rest

@@ -81,18 +81,14 @@ def test_refuses_layers_that_are_built_already(kind, wrong):
             build(kind, **{name: wrong})
 
 
-@pytest.mark.refusal("residual-block", "bottleneck-block", "inverted-residual", "dense-block")
-@pytest.mark.parametrize("kind", NORMED)
-def test_an_empty_batch_has_no_statistics_in_training(kind):
-    with refuses(ShapeError, "0 value per channel"):
-        build(kind)(torch.ones(0, 4, 6, 6))
-
-
 @pytest.mark.refusal(*IDS)
 @every
-def test_an_empty_batch_is_an_empty_answer_in_evaluation(kind):
-    block = build(kind).eval()
-    assert block(torch.ones(0, 4, 6, 6)).shape == (0, *block(torch.ones(1, 4, 6, 6)).shape[1:])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch_is_an_empty_answer_and_moves_no_statistic(kind, training):
+    block = build(kind).train(training)
+    before = {name: value.clone() for name, value in block.named_buffers() if "running" in name}
+    assert block(torch.ones(0, 4, 6, 6)).shape == (0, *block.eval()(torch.ones(1, 4, 6, 6)).shape[1:])
+    assert all(torch.equal(block.get_buffer(name), value) for name, value in before.items())
 
 
 # ---------------------------------------------------------------- registration
