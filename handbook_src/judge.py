@@ -30,6 +30,10 @@ class Judgement:
     seeds: int
     rule: str
 
+    def __format__(self, spec: str) -> str:
+        """Effect and 95 % interval in a number's format: ``f"{found:.2f}"`` is ``0.31 (0.22 to 0.40)``."""
+        return f"{self.effect:{spec}} ({self.low:{spec}} to {self.high:{spec}})" if spec else str(self)
+
     @property
     def figures(self) -> dict[str, str]:
         """What the ledger shows."""

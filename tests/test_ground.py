@@ -117,6 +117,11 @@ def test_a_table_rounds_escapes_and_labels(shell):
     assert data["text/plain"] == "norm <b>\tloss\tn\nRMS\t1.23\t12,345"
 
 
+def test_the_spread_of_seeds_is_their_mean_and_sample_deviation():
+    assert notebook.spread([1.0, 2.0, 4.0]) == "2.33 ± 1.53"
+    assert notebook.spread([1.0, 2.0, 4.0], 0) == "2 ± 2"
+
+
 def test_a_claim_shows_verdict_figures_and_reason(shell):
     row = claims()[0]
     (data,) = shown(lambda: notebook.claim(row.id, "no evidence", {"gap": 0.12345}, "The spread is wider."))

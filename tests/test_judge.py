@@ -8,7 +8,7 @@ from scipy import stats
 
 from handbook_src.errors import ConfigError
 from handbook_src.experiment import Data
-from handbook_src.judge import combine, decide, judge
+from handbook_src.judge import Judgement, combine, decide, judge
 from handbook_src.testing.refusal import refuses
 
 RECORDED, QUICK = Data({}, {}, recorded=True), Data({}, {}, recorded=False)
@@ -33,6 +33,13 @@ NOISE = [0.0, 0.1, -0.1, 0.05, -0.05, 0.02]
 )
 def test_only_an_interval_beyond_the_margin_decides(rule, low, high, margin, verdict):
     assert decide(rule, low, high, margin) == verdict
+
+
+def test_a_judgement_prints_as_its_effect_and_interval():
+    found = Judgement("holds", 0.3125, -0.5, 1.0, 10, "more by 0")
+    assert f"{found:.2f}" == "0.31 (-0.50 to 1.00)"
+    assert f"{found:+.1f}" == "+0.3 (-0.5 to +1.0)"
+    assert f"{found}" == str(found)
 
 
 def test_pairs_are_compared_pair_by_pair():
