@@ -12,12 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from handbook_src.check import check_probability
-from handbook_src.dispatch import Backend, Resolved, resolve
+from handbook_src.dispatch import Backend
 from handbook_src.errors import ShapeError
 from handbook_src.functional.normalisation.norm import layer_norm, rms_norm
-from handbook_src.functional.normalisation.norm_input import candidates, check_input, check_trailing
+from handbook_src.functional.normalisation.norm_input import check_input, check_trailing, kernel, one_dtype
+from handbook_src.operation import operation
 
 
+@operation()
 def dropout_add_layer_norm(
     x: Float[Tensor, "*lead d"],
     residual: Float[Tensor, "*lead d"],
@@ -55,17 +57,35 @@ def dropout_add_layer_norm(
     Source:
         Vaswani et al. 2017, section 5.4, arXiv:1706.03762; Ba et al. 2016, eq. 3 and 4, arXiv:1607.06450
     """
-    op = "dropout_add_layer_norm"
-    _check_both(op, x, residual, weight, bias, eps, dropout)
-    runs = resolve(op, backend, candidates(backend, x, residual, weight, bias, mixed=not x.is_cuda, triton=True))
-    if runs == "triton":
-        from handbook_src.kernels.norm import dropout_add_norm_triton
+    total = residual + F.dropout(x, dropout, training)  # r' = r + m x / (1 - p)
+    return layer_norm(total, total.shape[-1:], weight, bias, eps, backend="reference"), total
 
-        return dropout_add_norm_triton(x, residual, weight, bias, eps, dropout=dropout if training else 0.0)
+
+@dropout_add_layer_norm.refuses
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout: float) -> None:
+    _check_both("dropout_add_layer_norm", x, residual, weight, bias, eps, dropout)
+
+
+@dropout_add_layer_norm.torch(
+    needs=lambda x, residual, weight, bias: one_dtype(x, residual, weight, bias, mixed=not x.is_cuda)
+)
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout: float, training: bool
+) -> tuple[Tensor, Tensor]:
     total = residual + F.dropout(x, dropout, training)
-    return layer_norm(total, total.shape[-1:], weight, bias, eps, backend=_unfused(runs)), total
+    return layer_norm(total, total.shape[-1:], weight, bias, eps), total
 
 
+@dropout_add_layer_norm.triton(needs=lambda x, residual, weight, bias: kernel(x, residual, weight, bias))
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout: float, training: bool
+) -> tuple[Tensor, Tensor]:
+    from handbook_src.kernels.norm import dropout_add_norm_triton
+
+    return dropout_add_norm_triton(x, residual, weight, bias, eps, dropout=dropout if training else 0.0)
+
+
+@operation()
 def dropout_add_rms_norm(
     x: Float[Tensor, "*lead d"],
     residual: Float[Tensor, "*lead d"],
@@ -100,20 +120,31 @@ def dropout_add_rms_norm(
     Source:
         Vaswani et al. 2017, section 5.4, arXiv:1706.03762; Zhang & Sennrich 2019, eq. 4, arXiv:1910.07467
     """
-    op = "dropout_add_rms_norm"
-    _check_both(op, x, residual, weight, None, eps, dropout)
-    runs = resolve(op, backend, candidates(backend, x, residual, weight, mixed=False, triton=True))
-    if runs == "triton":
-        from handbook_src.kernels.norm import dropout_add_norm_triton
+    total = residual + F.dropout(x, dropout, training)  # r' = r + m x / (1 - p)
+    return rms_norm(total, weight, eps, backend="reference"), total
 
-        p = dropout if training else 0.0
-        return dropout_add_norm_triton(x, residual, weight, None, eps, dropout=p, centre=False)
+
+@dropout_add_rms_norm.refuses
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, dropout: float) -> None:
+    _check_both("dropout_add_rms_norm", x, residual, weight, None, eps, dropout)
+
+
+@dropout_add_rms_norm.torch(needs=lambda x, residual, weight: one_dtype(x, residual, weight))
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, dropout: float, training: bool
+) -> tuple[Tensor, Tensor]:
     total = residual + F.dropout(x, dropout, training)
-    return rms_norm(total, weight, eps, backend=_unfused(runs)), total
+    return rms_norm(total, weight, eps), total
 
 
-def _unfused(runs: Resolved) -> Backend:
-    return "reference" if runs == "reference" else "auto"
+@dropout_add_rms_norm.triton(needs=lambda x, residual, weight: kernel(x, residual, weight))
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, dropout: float, training: bool
+) -> tuple[Tensor, Tensor]:
+    from handbook_src.kernels.norm import dropout_add_norm_triton
+
+    p = dropout if training else 0.0
+    return dropout_add_norm_triton(x, residual, weight, None, eps, dropout=p, centre=False)
 
 
 def _check_both(

@@ -8,7 +8,7 @@ from numbers import Integral
 from torch import Tensor, float32, float64
 
 from handbook_src.check import check_positive, check_probability, check_size
-from handbook_src.dispatch import Backend, Resolved, needs_for_triton
+from handbook_src.dispatch import needs_for_triton
 from handbook_src.errors import ConfigError, ShapeError
 
 
@@ -212,28 +212,3 @@ def kernel(x: Tensor, *parameters: Tensor | None) -> str | None:
     if x.dtype == float64:
         return "float16, bfloat16 or float32 activations: the kernel adds in float32"
     return needs_for_triton(x, *parameters)
-
-
-def candidates(
-    backend: Backend, x: Tensor, *parameters: Tensor | None, mixed: bool, triton: bool = False
-) -> dict[Resolved, str | None]:
-    """Return who can run, torch's own operation first: nobody has measured the kernel faster yet.
-
-    Args:
-        backend: what the caller asked for; the Triton question is put only where its answer matters.
-        x: the activations.
-        parameters: whatever else the operation reads.
-        mixed: torch's operation takes half-precision ``x`` with float32 parameters.
-        triton: the handbook has a kernel.
-    """
-    dtypes = {p.dtype for p in parameters if p is not None}
-    uniform = dtypes <= {x.dtype} or (mixed and x.dtype.itemsize == 2 and dtypes == {float32})
-    able: dict[Resolved, str | None] = {"torch": None if uniform else f"parameters of dtype {x.dtype}"}
-    if triton:
-        able["triton"] = "a reason to prefer it: torch's own can run"
-        if x.dtype == float64:
-            able["triton"] = "float16, bfloat16 or float32 activations: the kernel adds in float32"
-        elif backend == "triton" or not uniform:
-            able["triton"] = needs_for_triton(x, *parameters)
-    able["reference"] = None
-    return able
