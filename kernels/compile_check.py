@@ -15,9 +15,7 @@ Triton wheel carries ptxas, nvdisasm and LLVM for AMD: no CUDA, no ROCm, no driv
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
-import hashlib
 import importlib.util
 import os
 import re
@@ -202,42 +200,17 @@ def source_of(kernel: str) -> str:
 
     That is the kernel's own files, and what these use of ``launch`` and the cases of ``compile_cases``.
     """
+    from handbook_src.program import Program, needed, statements
+
     folder = Path(importlib.util.find_spec("handbook_src.kernels").submodule_search_locations[0])
     names = [kernel, *(f"flash_{part}" for part in FLASH if kernel == "flash_attention")]
-    files = [bare(folder / f"{name}.py") for name in names]
-    own = [statement for tree in files for statement in tree.body]
-    cases = reached([], bare(HERE / "compile_cases.py"), {CASES[kernel].__name__})
-    parts = [*own, *reached(own, bare(folder / "launch.py")), *cases]
-    return hashlib.sha256("\n".join(map(ast.unparse, parts)).encode()).hexdigest()[:12]
-
-
-def bare(path: Path) -> ast.Module:
-    """Return a file's syntax tree without docstrings."""
-    tree = ast.parse(path.read_text("utf8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return tree
-
-
-def reached(users: list[ast.stmt], tree: ast.Module, names: set[str] = frozenset()) -> list[ast.stmt]:
-    """Return the statements of ``tree`` that define ``names`` or what ``users`` and these use, directly or not."""
-    names, found = names | used(users), []
-    while more := [s for s in tree.body if s not in found and defined(s) & names]:
-        found += more
-        names |= used(more)
-    return [s for s in tree.body if s in found]
-
-
-def used(statements: list[ast.stmt]) -> set[str]:
-    nodes = [n for s in statements for n in ast.walk(s)]
-    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
-
-
-def defined(statement: ast.stmt) -> set[str]:
-    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-        return {statement.name}
-    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    own, launch, cases = (
+        list(statements(path.read_text("utf8") for path in paths))
+        for paths in ([folder / f"{name}.py" for name in names], [folder / "launch.py"], [HERE / "compile_cases.py"])
+    )
+    own = [s for s in own if s.binds]  # not the files' own docstrings
+    used = set().union(*(s.uses for s in own))
+    return Program((*own, *needed(launch, used), *needed(cases, {CASES[kernel].__name__}))).hash[:12]
 
 
 def named_for(target: str, kernel: str) -> list[str]:
