@@ -46,15 +46,13 @@ def chosen(part: str | None, status: str | None) -> list[Component]:
     """
     rows = components()
     if part is not None:
-        known = list(dict.fromkeys(c.part_name for c in rows))
-        name = fold(part)
-        match = [p for p in known if fold(p) == name] or [p for p in known if name and name in fold(p)]
-        match = match or [PARTS[p] for p in PARTS if fold(p) == name]
+        asked = fold(part)
+        match = [slug for slug, name in PARTS.items() if asked in (fold(slug), fold(name))]
+        match = match or [slug for slug, name in PARTS.items() if asked and asked in fold(name)]
         if not match:
-            raise ConfigError(
-                "--part", got=repr(part), want="a part of the book", remedy=f"One of: {'; '.join(known)}."
-            )
-        rows = [c for c in rows if c.part_name in match]
+            known = "; ".join(PARTS.values())
+            raise ConfigError("--part", got=repr(part), want="a part of the book", remedy=f"One of: {known}.")
+        rows = [c for c in rows if c.part in match]
     return [c for c in rows if status in (None, c.status)]
 
 

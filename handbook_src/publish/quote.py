@@ -44,7 +44,7 @@ def maths(name: str) -> tuple[Path, str]:
         )
     _, file, node = found
     lines = file.read_text("utf8").splitlines()
-    first, last = min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.end_lineno or node.lineno
+    first, last = span(node)
     if ast.get_docstring(node) is None:
         return file, "\n".join(lines[first - 1 : last])
     words = node.body[0]
@@ -52,7 +52,7 @@ def maths(name: str) -> tuple[Path, str]:
 
 
 def extent(tree: ast.Module, dotted: str) -> tuple[int, int]:
-    """First line (decorators included) and last line of a function, class or method."""
+    """First and last line of a function, class or method."""
     body: list[ast.stmt] = tree.body
     found: ast.stmt | None = None
     for name in dotted.split("."):
@@ -61,8 +61,13 @@ def extent(tree: ast.Module, dotted: str) -> tuple[int, int]:
             raise DataError("literalinclude", got=dotted, want="an object of the file", remedy="Check :pyobject:.")
         body = getattr(found, "body", [])
     assert found is not None
-    decorators = getattr(found, "decorator_list", [])
-    return min([found.lineno, *(d.lineno for d in decorators)]), found.end_lineno or found.lineno
+    return span(found)
+
+
+def span(node: ast.stmt) -> tuple[int, int]:
+    """First line, decorators included, and last line of a definition."""
+    decorators = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(d.lineno for d in decorators)]), node.end_lineno or node.lineno
 
 
 def find(lines: list[str], marker: str) -> int:
